@@ -1,0 +1,1 @@
+"""Engine and task (and scorer) in, rows out."""

@@ -1,0 +1,1 @@
+"""Policies, reward models, step formats and generation engines."""

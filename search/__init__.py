@@ -1,0 +1,1 @@
+"""The thin inference loop: choose among samples, or grow them."""

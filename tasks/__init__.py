@@ -1,0 +1,1 @@
+"""Problems, how a text splits into steps, and what is right. Imports nothing of the other folders."""

@@ -1,0 +1,1 @@
+"""Rows in, Hugging Face checkpoints out."""
