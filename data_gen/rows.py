@@ -216,7 +216,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 # --- labels from counts ------------------------------------------------------------------------------------------------
 
 
-def step_targets(row: StepLabels, kind: str, threshold: float = 0.0, *, after_first_zero: bool = True) -> list[float | None]:
+def step_targets(
+    row: StepLabels, kind: str, threshold: float = 0.0, *, after_first_zero: bool = True
+) -> list[float | None]:
     """Training targets in [0, 1] for each step (the empty prefix is left out); None where nothing is known.
 
     `soft`: n_correct / n_rollouts (Math-Shepherd SE, arXiv:2312.08935). `hard`: 1 if any continuation ended right (HE).

@@ -1,0 +1,170 @@
+"""The command `stepladder`. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import __version__
+from ..basics import UserError
+
+HELP = """usage: stepladder COMMAND ...
+
+  quickstart [--out DIR] [--seed N] [--from-scratch]   the whole loop on the lab, in minutes on a CPU
+  run RECIPE.yaml [--out DIR] [stage.key=value ...]    the stages of a recipe; what is done is skipped
+  data STAGE --config FILE [--key value ...]           demonstrations, solutions, step_labels, best_solutions, prm800k
+  train STAGE --config FILE [--key value ...]          sft, orm, prm
+  search STAGE --config FILE [--key value ...]         beam
+  eval STAGE --config FILE [--key value ...]           policies, prm, processbench
+  import-gguf FILE --out DIR [--dtype bfloat16]        a plain Hugging Face checkpoint from a GGUF file
+
+`stepladder data solutions --help` lists the fields of a stage. A mistake of yours ends with one sentence and exit status 2."""
+
+GROUPS = ("data", "train", "search", "eval")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; user errors end with one sentence on stderr and exit status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return
+    if arguments[0] == "--version":
+        print(f"stepladder {__version__}")
+        return
+    command, rest = arguments[0], arguments[1:]
+    if command in GROUPS:
+        _stage(command, rest)
+    elif command == "run":
+        _run(rest)
+    elif command == "quickstart":
+        _quickstart(rest)
+    elif command == "import-gguf":
+        _import_gguf(rest)
+    else:
+        from ..config import unknown_key
+
+        raise unknown_key(command, [*GROUPS, "run", "quickstart", "import-gguf"], "command")
+
+
+def _stage(group: str, rest: list[str]) -> None:
+    from ..config import build, describe, merge, parse_overrides, read_yaml, unknown_key
+    from .stages import STAGES, config_class
+
+    names = [name.removeprefix(f"{group}.") for name in STAGES if name.startswith(f"{group}.")]
+    if not rest or rest[0] in ("-h", "--help"):
+        print(f"usage: stepladder {group} STAGE --config FILE [--out DIR] [--key value ...]\n\nstages:")
+        for name in names:
+            config = STAGES[f"{group}.{name}"][0]
+            line = config.__doc__ if isinstance(config, type) else f"Trains with stepladder.trainers.{name}."
+            print(f"  {name:16s} {(line or '').splitlines()[0]}")
+        return
+    name, rest = rest[0], rest[1:]
+    if name not in names:
+        raise unknown_key(name, names, f"stepladder {group}")
+    kind = f"{group}.{name}"
+    if "-h" in rest or "--help" in rest:
+        print(describe(config_class(kind), f"stepladder {group} {name}"))
+        return
+    values = parse_overrides(rest)
+    config_file = values.pop("config", None)
+    out = values.pop("out", None)
+    if config_file is not None:
+        values = merge(read_yaml(str(config_file)), values)
+        out = out or values.pop("out", None)
+    fields = config_class(kind).__dataclass_fields__
+    if "output_dir" in fields:
+        if out:
+            values["output_dir"] = str(out)
+        out = values.get("output_dir")
+    if not out:
+        raise UserError(f"stepladder {group} {name}: --out DIR is missing: the folder that is filled")
+    where = str(config_file or f"stepladder {group} {name}")
+    STAGES[kind][1](build(config_class(kind), values, where), Path(str(out)))
+
+
+def _split_out(rest: list[str], flags: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
+    """({--out, --seed ... that are ours}, everything else)."""
+    ours: dict[str, str] = {}
+    others: list[str] = []
+    queue = list(rest)
+    while queue:
+        token = queue.pop(0)
+        name, _, value = token.partition("=")
+        if name in ("--out", "--seed", "--dtype"):
+            if not value and not queue:
+                raise UserError(f"{name} needs a value")
+            ours[name] = value or queue.pop(0)
+        elif token in flags:
+            ours[token] = "true"
+        else:
+            others.append(token)
+    return ours, others
+
+
+def _run(rest: list[str]) -> None:
+    from ..config import parse_overrides
+    from .pipeline import load_recipe, run_recipe
+
+    ours, others = _split_out(rest)
+    if not others or others[0].startswith("-") or "=" in others[0]:
+        raise UserError("stepladder run needs a recipe: stepladder run RECIPE.yaml [--out DIR] [stage.key=value ...]")
+    overrides = parse_overrides(others[1:])
+    if "--seed" in ours:
+        overrides["seed"] = _whole(ours["--seed"], "--seed")
+    recipe = load_recipe(others[0], overrides)
+    out = Path(ours.get("--out") or Path("runs") / str(recipe.get("name") or Path(others[0]).stem))
+    run_recipe(recipe, out, others[0])
+
+
+def _quickstart(rest: list[str]) -> None:
+    from ..config import parse_overrides
+    from .pipeline import load_recipe, run_recipe
+
+    ours, others = _split_out(rest, ("--from-scratch", "-h", "--help"))
+    if "-h" in ours or "--help" in ours:
+        print("usage: stepladder quickstart [--out DIR] [--seed N] [--from-scratch] [stage.key=value ...]")
+        return
+    path = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
+    overrides = parse_overrides(others)
+    if "--seed" in ours:
+        overrides["seed"] = _whole(ours["--seed"], "--seed")
+    recipe = load_recipe(path, overrides)
+    if "--from-scratch" in ours:
+        lab = load_recipe(path.with_name("lab_policy.yaml"), {})
+        recipe["stages"] = {**lab["stages"], **{k: v for k, v in recipe["stages"].items() if k != "policy"}}
+    run_recipe(recipe, Path(ours.get("--out") or "runs/quickstart"), "recipes/quickstart.yaml")
+
+
+def _whole(text: str, name: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"{name} must be a whole number, found {text!r}") from None
+
+
+def _import_gguf(rest: list[str]) -> None:
+    ours, others = _split_out(rest)
+    if len(others) != 1 or "--out" not in ours:
+        raise UserError("stepladder import-gguf needs FILE and --out DIR")
+    from ..models.gguf import import_gguf
+
+    import_gguf(others[0], ours["--out"], ours.get("--dtype", "bfloat16"))
+
+
+if __name__ == "__main__":
+    main()

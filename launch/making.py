@@ -1,0 +1,211 @@
+"""The stages that make rows: they open files and models, cut work into units, and call the pure functions of data_gen."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..basics import UserError, make_folder, told_as_user_error
+from ..data_gen import importers
+from ..data_gen.rows import Dialogue, Solution, Source, StepLabels
+from ..data_gen.solutions import best_solutions, demonstrations, sample_solutions
+from ..data_gen.step_labels import monte_carlo_labels
+from ..data_gen.store import Shard, UnitResult, make_rows, read_about, read_rows, write_rows
+from ..models.engine import Engine, Sampling
+from ..models.loading import load_engine, load_policy_format
+from ..models.reward import RewardModel, aggregate
+from ..models.step_format import StepFormat
+from ..search.adapters import RewardScorer, StepPolicy
+from ..search.beam import beam_search
+from ..tasks.base import Problem, Task
+from ..tasks.load import load_task
+from . import stages
+from .stages import chunks, first, required
+
+
+def _problems(config: stages.OnTask) -> tuple[Task, Sequence[Problem]]:
+    task = load_task(config.task)
+    try:
+        problems = task.problems(config.split)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not problems:
+        raise UserError(f"task {task.name} has no problem in split {config.split!r}")
+    return task, first(problems, config.limit)
+
+
+def _policy(config: stages.WithPolicy, task: Task, *, keep_prefixes: bool = False) -> tuple[Engine, StepFormat]:
+    required(config, "policy")
+    engine = load_engine(
+        config.policy,
+        backend=config.backend,
+        dtype=config.dtype,
+        device=config.device,
+        batch_size=config.batch_size,
+        base_url=config.base_url,
+        keep_prefixes=keep_prefixes,
+    )
+    step_format = load_policy_format(config.policy, engine.tokenizer, task.step_separator)
+    if not Path(config.policy, "step_format.json").is_file():
+        chat = step_format.chat if config.chat is None else config.chat
+        step_format = dataclasses.replace(
+            step_format, chat=chat, prompt_template=config.prompt_template, system=config.system
+        )
+    elif step_format.separator != task.step_separator:
+        raise UserError(
+            f"{config.policy}: its step format ends a step with {step_format.separator!r}, "
+            f"task {task.name} with {task.step_separator!r}"
+        )
+    return engine, step_format
+
+
+def _sampling(config: stages.WithPolicy) -> Sampling:
+    return Sampling(config.max_new_tokens, config.temperature, config.top_p)
+
+
+def _finish(out: Path, complete: bool) -> bool:
+    """Prints what came of the rows, and says whether every shard's share is there."""
+    if not complete:
+        print(f"{out}: this shard is done; others are still missing", flush=True)
+        return False
+    about = read_about(out)
+    lost = ", ".join(f"{n} {what}" for what, n in about["dropped"].items())
+    print(f"{out.name}: {about['rows']} rows" + (f" (dropped: {lost})" if lost else ""), flush=True)
+    return True
+
+
+def make_demonstrations(config: stages.Demonstrations, out: Path) -> bool:
+    """One solution to learn from for each problem."""
+    task, problems = _problems(config)
+    units = chunks(problems, 1024)
+    work = lambda unit: demonstrations(task, unit, seed=config.seed)
+    return _finish(out, make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name))
+
+
+def make_solutions(config: stages.Solutions, out: Path) -> bool:
+    """Samples with verdicts."""
+    task, problems = _problems(config)
+    units = chunks(problems, config.unit_problems)
+    engine_and_format: list[Any] = []
+
+    def work(unit: Sequence[Problem]) -> UnitResult[Solution]:
+        if not engine_and_format:
+            engine_and_format.extend(_policy(config, task))
+            engine_and_format[1].save(make_folder(out))
+        engine, step_format = engine_and_format
+        return sample_solutions(
+            engine, task, step_format, unit,
+            samples=config.samples, sampling=_sampling(config), seed=config.seed, policy=config.policy,
+        )  # fmt: skip
+
+    return _finish(out, make_rows(out, Solution, units, work, shard=Shard.parse(config.shard), progress=out.name))
+
+
+def make_step_labels(config: stages.StepLabelling, out: Path) -> bool:
+    """Monte-Carlo counts for every prefix."""
+    required(config, "solutions")
+    task = load_task(config.task)
+    grouped: dict[str, list[Solution]] = {}
+    for row in read_rows(config.solutions, Solution):
+        grouped.setdefault(row.problem_id, []).append(row)
+    groups = [first(rows, config.per_problem) for rows in first(list(grouped.values()), config.limit)]
+    problems = {problem.id: problem for problem in task.problems(config.split)}
+    missing = next((rows[0].problem_id for rows in groups if rows[0].problem_id not in problems), None)
+    if missing is not None:
+        raise UserError(f"{config.solutions}: problem {missing} is not in split {config.split!r} of task {task.name}")
+    units = chunks(groups, config.unit_problems)
+    engine_and_format: list[Any] = []
+
+    def work(unit: Sequence[Sequence[Solution]]) -> UnitResult[StepLabels]:
+        if not engine_and_format:
+            engine_and_format.extend(_policy(config, task))
+            engine_and_format[1].save(make_folder(out))
+        engine, step_format = engine_and_format
+        return monte_carlo_labels(
+            engine, task, step_format, [row for rows in unit for row in rows], problems,
+            rollouts=config.rollouts, sampling=_sampling(config), seed=config.seed, policy=config.policy,
+        )  # fmt: skip
+
+    return _finish(out, make_rows(out, StepLabels, units, work, shard=Shard.parse(config.shard), progress=out.name))
+
+
+def make_best_solutions(config: stages.BestSolutions, out: Path) -> bool:
+    """Rejection sampling: what the improved policy is trained on."""
+    required(config, "solutions")
+    solutions = read_rows(config.solutions, Solution)
+    scores = None
+    if config.reward:
+        reward = RewardModel.load(config.reward, dtype=config.dtype)
+        how = reward.step_format.aggregation
+        scored = reward.score([(row.prompt, row.steps) for row in solutions])
+        scores = [aggregate(one, how) for one in scored]
+    result = best_solutions(
+        solutions, scores, per_problem=config.per_problem, separator=config.separator, seed=config.seed
+    )
+    write_rows(out, result.rows, dropped=result.dropped, ledger=reward.ledger if config.reward else None)
+    return _finish(out, True)
+
+
+def import_prm800k(config: stages.ImportPRM800K, out: Path) -> bool:
+    """PRM800K ratings as StepLabels rows."""
+    required(config, "file")
+    result = importers.prm800k(config.file, limit=config.limit, seed=config.seed)
+    write_rows(out, result.rows, dropped=result.dropped)
+    return _finish(out, True)
+
+
+def copy_model(config: stages.CopyModel, out: Path) -> bool:
+    """A checkpoint at its place in the run."""
+    source = Path(__file__).parent.parent / "models" / "lab_policy" if config.source == "lab" else Path(config.source)
+    if not source.is_dir():
+        raise UserError(f"{source}: no such model folder")
+    with told_as_user_error(f"copy {source} to {out}"):
+        shutil.copytree(source, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    return True
+
+
+def make_beam(config: stages.Beam, out: Path) -> bool:
+    """Finished solutions of PRM beam search, ranked as found."""
+    required(config, "reward")
+    task, problems = _problems(config)
+    units = chunks(problems, config.unit_problems)
+    parts: list[Any] = []
+
+    def work(unit: Sequence[Problem]) -> UnitResult[Solution]:
+        if not parts:
+            engine, step_format = _policy(config, task, keep_prefixes=True)
+            reward = RewardModel.load(config.reward, dtype=config.reward_dtype, keep_prefixes=True)
+            parts.extend([engine, reward, StepPolicy(engine, step_format, task.step_separator, _sampling(config))])
+            parts.append(RewardScorer(reward, config.aggregation))
+        engine, reward, policy, scorer = parts
+        before = engine.ledger + reward.ledger
+        found = beam_search(
+            [policy.root(problem) for problem in unit], policy, scorer,
+            beams=config.beams, width=config.width, max_depth=config.max_depth, seed=config.seed,
+        )  # fmt: skip
+        source = Source(config.policy, engine.name, task.name, config.seed)
+        rows = []
+        for problem, result in zip(unit, found, strict=True):
+            for number, state in enumerate(result.finals):
+                ids = state.ids[state.prompt_length :]
+                text = engine.tokenizer.decode(ids, skip_special_tokens=True)
+                verdict = task.verify(problem, text)
+                rows.append(
+                    Solution(
+                        problem_id=problem.id, prompt=problem.prompt, gold=problem.answer, sample=number, steps=state.steps,
+                        text=text, answer=verdict.answer, outcome=verdict.outcome.value, stop=state.stop, token_ids=ids,
+                        step_ends=(), logprob=state.logprob, source=source,
+                    )
+                )  # fmt: skip
+        return UnitResult(rows, ledger=engine.ledger + reward.ledger - before)
+
+    return _finish(out, make_rows(out, Solution, units, work, shard=Shard.parse(config.shard), progress=out.name))
+
+
+def process_count() -> int:
+    """How many processes `accelerate launch` or `torchrun` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,235 @@
+"""The stages that a command or a recipe can run: a config, and a function that fills a folder from it.
+
+Nothing heavy is imported until a stage runs: `stepladder --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..basics import UserError
+from ..config import option
+
+T = TypeVar("T")
+
+
+@dataclass
+class OnTask:
+    """What every stage over problems is told."""
+
+    task: dict[str, Any] = option({"kind": "chain"}, "the task: kind and its fields")
+    split: str = option("train", "the split of the task")
+    limit: int = option(0, "use the first so many problems; 0 for all")
+    seed: int = option(0, "seed of everything drawn")
+    unit_problems: int = option(64, "problems in one unit of work, which is what a kill can cost")
+    shard: str = option("", "i/n: make only this share of the units; empty takes RANK and WORLD_SIZE")
+
+
+@dataclass
+class WithPolicy(OnTask):
+    """How a stage samples from a policy."""
+
+    policy: str = option("", "the policy: a folder, a hub id, or a served model's name")
+    backend: str = option("transformers", "transformers, vllm or openai")
+    base_url: str = option("", "address of an OpenAI-compatible server, for backend openai")
+    dtype: str = option("float32", "precision of the weights: float32, bfloat16, float16 or auto")
+    device: str = option("auto", "cpu, cuda ...; auto takes the best there is")
+    batch_size: int = option(256, "sequences sampled at once")
+    temperature: float = option(1.0, "sampling temperature; 0 is greedy")
+    top_p: float = option(1.0, "nucleus: the smallest set of tokens with this probability is kept")
+    max_new_tokens: int = option(128, "longest solution or continuation in tokens")
+    chat: bool | None = option(None, "use the chat template of a policy that has no step format; null: if it has one")
+    prompt_template: str = option("{prompt}", "text around the problem, for a policy that has no step format")
+    system: str | None = option(None, "system message, for a policy that has no step format")
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.batch_size < 1 or self.unit_problems < 1:
+            raise ValueError("max_new_tokens, batch_size and unit_problems must be 1 or more")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature must be 0 or more and top_p must lie in (0, 1]")
+
+
+@dataclass
+class Demonstrations(OnTask):
+    """Writes one solution to learn from for each problem (Dialogue rows)."""
+
+
+@dataclass
+class Solutions(WithPolicy):
+    """Samples solutions of each problem with verdicts (Solution rows)."""
+
+    samples: int = option(8, "solutions of each problem")
+
+
+@dataclass
+class StepLabelling(WithPolicy):
+    """Continues every prefix of every solution and counts right endings (StepLabels rows)."""
+
+    solutions: str = option("", "Solution rows to label")
+    per_problem: int = option(0, "label at most so many solutions of a problem, the first sampled; 0 for all")
+    rollouts: int = option(8, "continuations of each prefix")
+    unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
+
+
+@dataclass
+class BestSolutions:
+    """Keeps distinct right solutions of each problem to fine-tune on (Dialogue rows)."""
+
+    solutions: str = option("", "Solution rows to choose from")
+    reward: str = option("", "reward model that ranks right solutions; empty draws them")
+    per_problem: int = option(4, "right solutions kept for each problem")
+    separator: str = option("\n", "text between steps")
+    dtype: str = option("float32", "precision of the reward model")
+    seed: int = option(0, "seed of the draw")
+
+
+@dataclass
+class ImportPRM800K:
+    """Imports PRM800K step ratings (StepLabels rows; +1 and 0 count as right, after arXiv:2501.07301)."""
+
+    file: str = option("", "JSON Lines, gzipped or not: nested records or one row a rated step")
+    limit: int = option(0, "use at most so many solutions, drawn with the seed; 0 for all")
+    seed: int = option(0, "seed of the draw")
+
+
+@dataclass
+class CopyModel:
+    """Copies a checkpoint: `lab` is the starting policy that ships with the package."""
+
+    source: str = option("lab", "lab, or a checkpoint folder")
+
+
+@dataclass
+class Beam(WithPolicy):
+    """PRM beam search (Solution rows, one a finished solution)."""
+
+    split: str = option("test", "the split of the task")
+    reward: str = option("", "the reward model that guides the search")
+    reward_dtype: str = option("float32", "precision of the reward model")
+    aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
+    beams: int = option(16, "finished solutions of each problem")
+    width: int = option(4, "children of each kept prefix")
+    max_depth: int = option(40, "most steps of a solution")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.width <= self.beams:
+            raise ValueError(f"1 <= width <= beams must hold, found width {self.width} and beams {self.beams}")
+
+
+@dataclass
+class EvaluatePolicies:
+    """Compares ways to choose an answer, for one or more policies, with paired intervals (results.json)."""
+
+    policies: dict[str, dict[str, str]] = option({}, "name -> {greedy, samples, beam}: Solution rows of the same problems")
+    orm: str = option("", "outcome reward model")
+    prm: str = option("", "process reward model")
+    dtype: str = option("float32", "precision of the reward models")
+    task: dict[str, Any] = option({"kind": "chain"}, "the task, for exact step checks where it has them")
+    split: str = option("test", "the split that the rows are of")
+    shown: int = option(60, "problems whose solutions go into the report")
+    seed: int = option(0, "seed of the bootstrap")
+
+
+@dataclass
+class EvaluatePRM:
+    """Judges step scores and step labels against the exact checker of a lab task (results.json)."""
+
+    prm: str = option("", "process reward model")
+    orm: str = option("", "outcome reward model, for comparison")
+    solutions: str = option("", "held-out Solution rows")
+    labels: str = option("", "StepLabels rows, whose error rates are set beside their closed form")
+    task: dict[str, Any] = option({"kind": "chain"}, "the task")
+    limit: int = option(2000, "judge at most so many solutions; 0 for all")
+    dtype: str = option("float32", "precision of the reward models")
+    seed: int = option(0, "seed of the bootstrap")
+
+
+@dataclass
+class EvaluateProcessBench:
+    """ProcessBench F1 of a process reward model (results.json)."""
+
+    prm: str = option("", "process reward model")
+    files: dict[str, str] = option({}, "subset -> JSON file or hub split of ProcessBench records")
+    threshold: float | None = option(0.5, "a step under it is wrong; null tunes it on `tune_on`")
+    tune_on: str = option("gsm8k", "the subset a threshold is tuned on, for scalar models whose scale is free")
+    limit: int = option(0, "use at most so many records of each subset; 0 for all")
+    dtype: str = option("float32", "precision of the reward model")
+    seed: int = option(0, "seed of the bootstrap")
+
+
+@dataclass
+class Report:
+    """Joins results into one table, results.json and report.html."""
+
+    results: list[str] = option([], "folders of evaluation stages")
+    title: str = option("Stepladder", "heading of the report")
+    curves: dict[str, str] = option({}, "name -> folder of a training stage whose curves are shown")
+    command: str = option("", "the command that made it")
+
+
+def _stage(module: str, function: str) -> Callable[..., Any]:
+    def run(config: Any, out: Path) -> Any:
+        return getattr(importlib.import_module(module, __package__), function)(config, out)
+
+    return run
+
+
+def _trainer(name: str) -> Callable[..., Any]:
+    def run(config: Any, out: Path) -> Any:
+        return importlib.import_module(f"..trainers.{name}", __package__).train(config)
+
+    return run
+
+
+def config_class(stage: str) -> type:
+    """The config dataclass of a stage; a trainer's is imported only now, with torch."""
+    config, _ = STAGES[stage]
+    if isinstance(config, str):
+        module, name = config.split(":")
+        return getattr(importlib.import_module(module, __package__), name)
+    return config
+
+
+STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
+    "data.demonstrations": (Demonstrations, _stage(".making", "make_demonstrations")),
+    "data.solutions": (Solutions, _stage(".making", "make_solutions")),
+    "data.step_labels": (StepLabelling, _stage(".making", "make_step_labels")),
+    "data.best_solutions": (BestSolutions, _stage(".making", "make_best_solutions")),
+    "data.prm800k": (ImportPRM800K, _stage(".making", "import_prm800k")),
+    "model.copy": (CopyModel, _stage(".making", "copy_model")),
+    "train.sft": ("..trainers.sft:SFTArguments", _trainer("sft")),
+    "train.orm": ("..trainers.orm:ORMArguments", _trainer("orm")),
+    "train.prm": ("..trainers.prm:PRMArguments", _trainer("prm")),
+    "search.beam": (Beam, _stage(".making", "make_beam")),
+    "eval.policies": (EvaluatePolicies, _stage(".evaluate", "evaluate_policies")),
+    "eval.prm": (EvaluatePRM, _stage(".evaluate", "evaluate_prm")),
+    "eval.processbench": (EvaluateProcessBench, _stage(".evaluate", "evaluate_processbench")),
+    "report": (Report, _stage(".evaluate", "make_report")),
+}
+
+
+def required(config: Any, *names: str) -> None:
+    """Raises UserError if one of the text fields is empty."""
+    for name in names:
+        if not getattr(config, name):
+            raise UserError(f"{name} is missing: {type(config).__dataclass_fields__[name].metadata['help']}")
+
+
+def first(items: Sequence[T], limit: int) -> Sequence[T]:
+    """The first `limit` items, or all if it is 0."""
+    return items[:limit] if limit else items
+
+
+def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Consecutive pieces of `size` items; the last may be shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def task_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's config as a plain mapping."""
+    return dict(values)

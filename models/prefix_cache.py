@@ -1,0 +1,98 @@
+"""Keys and values of prefixes already encoded, so that a prefix that grows is never encoded twice."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Entry:
+    """`keys_values` is [2 x layers, heads, length, head size] for the ids of one prefix; `extra` belongs to the owner."""
+
+    keys_values: torch.Tensor
+    extra: Any = None
+
+
+class PrefixCache:
+    """The most recently used prefixes of one model, up to `capacity_bytes` in all."""
+
+    def __init__(self, capacity_bytes: int = 2 * 2**30) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._entries: OrderedDict[tuple[int, ...], Entry] = OrderedDict()
+        self._lengths: dict[int, int] = {}  # length -> how many entries have it, so that lookups try few prefixes
+        self._bytes = 0
+
+    def longest(self, ids: Sequence[int], at_most: int) -> tuple[int, Entry | None]:
+        """(length, entry) of the longest stored prefix of `ids` that has `at_most` tokens; (0, None) if there is none."""
+        ids = tuple(ids)
+        for length in sorted(self._lengths, reverse=True):
+            if length <= at_most:
+                entry = self._entries.get(ids[:length])
+                if entry is not None:
+                    self._entries.move_to_end(ids[:length])
+                    return length, entry
+        return 0, None
+
+    def put(self, ids: Sequence[int], keys_values: torch.Tensor, extra: Any = None) -> None:
+        """Stores a prefix; the least recently used ones leave when the capacity is passed."""
+        key = tuple(ids)
+        if not key or keys_values.shape[2] != len(key):
+            raise ValueError(f"{len(key)} ids need keys and values of that length, found {tuple(keys_values.shape)}")
+        if key in self._entries:
+            self._forget(key)
+        self._entries[key] = Entry(keys_values, extra)
+        self._lengths[len(key)] = self._lengths.get(len(key), 0) + 1
+        self._bytes += keys_values.numel() * keys_values.element_size()
+        while self._bytes > self.capacity_bytes and len(self._entries) > 1:
+            self._forget(next(iter(self._entries)))
+
+    def _forget(self, key: tuple[int, ...]) -> None:
+        tensor = self._entries.pop(key).keys_values
+        self._bytes -= tensor.numel() * tensor.element_size()
+        self._lengths[len(key)] -= 1
+        if not self._lengths[len(key)]:
+            del self._lengths[len(key)]
+
+
+def stack_left_padded(entries: Sequence[Entry | None], like: torch.Tensor | None = None) -> torch.Tensor | None:
+    """[2 x layers, B, heads, longest, head size], each prefix against the right edge; None if no row has an entry."""
+    some = next((e.keys_values for e in entries if e is not None), None)
+    if some is None:
+        return None
+    longest = max(e.keys_values.shape[2] for e in entries if e is not None)
+    out = some.new_zeros(some.shape[0], len(entries), some.shape[1], longest, some.shape[3])
+    for row, entry in enumerate(entries):
+        if entry is not None:
+            out[:, row, :, longest - entry.keys_values.shape[2] :] = entry.keys_values
+    return out
+
+
+def to_dynamic_cache(stacked: torch.Tensor | None, config: Any) -> Any:
+    """A transformers `DynamicCache` over `stacked` [2 x layers, B, heads, length, head size], or an empty one."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=config)
+    if stacked is not None:
+        for layer in range(stacked.shape[0] // 2):
+            cache.update(stacked[2 * layer], stacked[2 * layer + 1], layer)
+    return cache
+
+
+def row_of(cache: Any, row: int, columns: torch.Tensor) -> torch.Tensor:
+    """[2 x layers, heads, len(columns), head size]: one row's keys and values at the columns that hold real tokens."""
+    parts = []
+    for layer in cache.layers:
+        parts += [layer.keys[row][:, columns], layer.values[row][:, columns]]
+    return torch.stack(parts)
+
+
+def supports_prefix_cache(model: Any) -> bool:
+    """Whether every layer keeps plain keys and values of the whole prefix (no sliding window, no linear attention)."""
+    from transformers import DynamicCache
+
+    return all(type(layer).__name__ == "DynamicLayer" for layer in DynamicCache(config=model.config).layers)

@@ -1,0 +1,163 @@
+"""Reward models: step scores of solutions, all steps in one forward, and only the new ones when a solution grows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..basics import UserError
+from .ledger import Ledger
+from .loading import load_model, load_tokenizer, pick_device
+from .prefix_cache import PrefixCache, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
+from .step_format import Encoded, StepFormat
+
+
+def aggregate(scores: Sequence[float], how: str) -> float:
+    """One number from step scores: last, min, prod or mean. An empty solution scores 0."""
+    if not scores:
+        return 0.0
+    if how == "last":
+        return scores[-1]
+    if how == "min":
+        return min(scores)
+    if how == "prod":
+        return math.prod(scores)
+    if how == "mean":
+        return sum(scores) / len(scores)
+    raise ValueError(f"aggregation must be last, min, prod or mean, found {how!r}")
+
+
+class RewardModel:
+    """Scores in (0, 1) at the end of each step: outcome, process and value models alike.
+
+    `model` is a token-classification model with one label (sigmoid) or two (softmax, step_format.positive_class). With `cache`,
+    keys and values of what was scored are kept, and a solution that grew by a step encodes only that step.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        step_format: StepFormat,
+        *,
+        name: str = "",
+        batch_tokens: int = 16384,
+        cache: PrefixCache | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        if step_format.head == "none":
+            raise UserError(f"{name}: its step format says head: none, so it is a policy and not a reward model")
+        labels = 2 if step_format.head == "two_class" else 1
+        if model.config.num_labels != labels:
+            raise UserError(
+                f"{name}: the step format has a {step_format.head} head, the model has {model.config.num_labels} labels"
+            )
+        self.model, self.tokenizer, self.step_format, self.name = model.eval(), tokenizer, step_format, name
+        self.batch_tokens = batch_tokens
+        self.cache = cache if cache is not None and supports_prefix_cache(model) else None
+        self.ledger = ledger or Ledger()
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+        self.cut_steps = 0  # steps that did not fit into the context and have no score of their own
+
+    @classmethod
+    def load(cls, path: str, *, dtype: str = "float32", device: str = "auto", keep_prefixes: bool = False) -> RewardModel:
+        """The reward model in a checkpoint folder (or hub id) that has a step_format.json."""
+        from transformers import AutoModelForTokenClassification
+
+        step_format = StepFormat.load(path)
+        model = load_model(AutoModelForTokenClassification, path, dtype=dtype).to(pick_device(device))
+        cache = PrefixCache() if keep_prefixes else None
+        return cls(model, load_tokenizer(path), step_format, name=path, cache=cache)
+
+    def score(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """Step scores [B][T_b] of (prompt, steps) pairs, in the order asked.
+
+        Steps beyond the model's context get the score of the last step that fits (0 if none does) and are counted in
+        `cut_steps`: a solution that is too long is judged by what could be read.
+        """
+        return [scores[1:] for scores in self.score_with_root(solutions)]
+
+    def score_with_root(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """As `score`, with the score of the empty prefix in front: [B][1 + T_b]."""
+        prompts = {prompt: self.step_format.encode_prompt(self.tokenizer, prompt) for prompt, _ in solutions}
+        encoded = [self.step_format.encode_after(self.tokenizer, prompts[p], steps) for p, steps in solutions]
+        return self.score_encoded(encoded)
+
+    @torch.inference_mode()
+    def score_encoded(self, solutions: Sequence[Encoded]) -> list[list[float]]:
+        """Scores [B][1 + T_b] at the root and at each step's end, from token ids."""
+        results: list[list[float]] = [[] for _ in solutions]
+        jobs = []
+        for index, one in enumerate(solutions):
+            ends = [one.root, *one.step_ends]
+            fitting = [e for e in ends if e < self.context]
+            self.cut_steps += len(ends) - len(fitting)
+            if not fitting:
+                results[index] = [0.0] * len(ends)
+                continue
+            ids = one.ids[: fitting[-1] + 1]
+            known, entry = self.cache.longest(ids, len(ids)) if self.cache is not None else (0, None)
+            if entry is not None and known == len(ids):
+                results[index] = [*entry.extra, *[entry.extra[-1]] * (len(ends) - len(fitting))]
+                continue
+            jobs.append((index, ids, fitting, len(ends), known, entry))
+        jobs.sort(key=lambda job: (len(job[1]) - job[4], len(job[1]), job[0]))
+        with self.ledger.timed():
+            while jobs:
+                size, widest = 0, 0
+                for job in jobs:
+                    widest = max(widest, len(job[1]))
+                    if size and widest * (size + 1) > self.batch_tokens:
+                        break
+                    size += 1
+                self._score_batch(jobs[:size], results)
+                jobs = jobs[size:]
+        return results
+
+    def _score_batch(self, jobs: Sequence[tuple[int, tuple[int, ...], list[int], int, int, Any]], results: list[list[float]]) -> None:
+        past = stack_left_padded([entry for *_, entry in jobs])
+        old = 0 if past is None else past.shape[3]
+        new = max(len(ids) - known for _, ids, _, _, known, _ in jobs)
+        tokens = torch.full((len(jobs), new), self.tokenizer.pad_token_id or 0)
+        positions = torch.zeros_like(tokens)
+        mask = torch.zeros(len(jobs), old + new, dtype=torch.long)
+        for row, (_, ids, _, _, known, _) in enumerate(jobs):
+            fresh = len(ids) - known
+            tokens[row, :fresh] = torch.tensor(ids[known:])
+            positions[row, :fresh] = torch.arange(known, len(ids))
+            mask[row, old - known : old + fresh] = 1
+        device = self.model.device
+        # A single forward over right-padded new tokens; what is behind a row's last token is masked and never read.
+        cache = to_dynamic_cache(past, self.model.config) if self.cache is not None else None
+        logits = self.model(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).logits
+        scores = self._probability(logits.float()).cpu()
+        self.ledger.add_reward(self.parameters, sum(len(ids) - known for _, ids, _, _, known, _ in jobs))
+        for row, (index, ids, fitting, wanted, known, entry) in enumerate(jobs):
+            before = list(entry.extra) if entry is not None else []
+            read = before + [scores[row, e - known].item() for e in fitting[len(before) :]]
+            results[index] = read + [read[-1]] * (wanted - len(read))
+            if self.cache is not None and cache is not None:
+                columns = mask[row].nonzero().squeeze(-1).to(device)
+                self.cache.put(ids, row_of(cache, row, columns), tuple(read))
+
+    def _probability(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.step_format.head == "scalar":
+            return logits.squeeze(-1).sigmoid()
+        return logits.softmax(-1)[..., self.step_format.positive_class]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model, the tokenizer and the step format to `folder`."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.step_format.save(folder)

@@ -1,0 +1,206 @@
+"""The embedded engine: a transformers causal language model on any device, sampled in batches across problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .engine import Request, Sample, Sampling, StopReason
+from .ledger import Ledger
+from .prefix_cache import PrefixCache, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
+from .sampling import draw, uniforms
+
+
+class TransformersEngine:
+    """Samples from `model` in batches of up to `batch_size` sequences.
+
+    Requests are sorted by length, a prefix is encoded once for all its samples, and finished sequences leave the batch. Every
+    sample has its own random numbers, so that batch composition can change it only through floating-point rounding. With
+    `cache`, keys and values of what was sampled are kept, and a request that extends a known prefix encodes only the rest.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        name: str = "",
+        batch_size: int = 256,
+        cache: PrefixCache | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.cache = cache if cache is not None and supports_prefix_cache(model) else None
+        self.ledger = ledger or Ledger()
+        self.name = name or f"transformers:{model.name_or_path}:{str(model.dtype).removeprefix('torch.')}"
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
+        eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self.eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,))
+        self._scanners: dict[tuple[str, ...], StopScanner] = {}
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[list[Sample]]:
+        """Samples [len(requests)][len(request.seeds)], in the order asked."""
+        results: list[list[Sample | None]] = [[None] * len(r.seeds) for r in requests]
+        with self.ledger.timed():
+            for batch in self._batches(requests):
+                self._run_batch(requests, batch, sampling, results)
+        return results  # type: ignore[return-value]
+
+    def _batches(self, requests: Sequence[Request]) -> list[list[tuple[int, int, int]]]:
+        """Lists of (request, first seed, end seed) with at most `batch_size` sequences each; like lengths together."""
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prefix), i))
+        batches: list[list[tuple[int, int, int]]] = []
+        room = 0
+        for index in order:
+            first, total = 0, len(requests[index].seeds)
+            while first < total:
+                # A request goes whole into a batch if it can: its prefix is then encoded once.
+                if room == 0 or (total - first > room and room < self.batch_size):
+                    batches.append([])
+                    room = self.batch_size
+                end = min(total, first + room)
+                batches[-1].append((index, first, end))
+                room -= end - first
+                first = end
+        return batches
+
+    def _run_batch(
+        self,
+        requests: Sequence[Request],
+        batch: list[tuple[int, int, int]],
+        sampling: Sampling,
+        results: list[list[Sample | None]],
+    ) -> None:
+        for index, first, end in batch:
+            if len(requests[index].prefix) >= self.context or not requests[index].prefix:
+                results[index][first:end] = [Sample((), (), StopReason.CONTEXT)] * (end - first)
+        batch = [b for b in batch if 0 < len(requests[b[0]].prefix) < self.context]
+        if not batch:
+            return
+        prefixes = [requests[index].prefix for index, _, _ in batch]
+        logits, cache, mask = self._prefill(prefixes)
+
+        # One row a sample from here on: the encoded prefixes are repeated, not encoded again.
+        owners = [(index, seed) for index, first, end in batch for seed in range(first, end)]
+        repeats = torch.tensor([end - first for _, first, end in batch], device=self.model.device)
+        expand = torch.repeat_interleave(torch.arange(len(batch), device=self.model.device), repeats)
+        if len(owners) > len(batch):
+            cache.batch_select_indices(expand)
+            logits, mask = logits[expand], mask[expand]
+        lengths = torch.tensor([len(p) for p in prefixes], device=self.model.device)[expand]
+
+        scanner = self._scanner(sampling.stop)
+        limit = torch.clamp(self.context - lengths, max=sampling.max_new_tokens).tolist()
+        random = None
+        if sampling.temperature > 0:
+            random = uniforms([requests[i].seeds[s] for i, s in owners], sampling.max_new_tokens)
+        ids: list[list[int]] = [[] for _ in owners]
+        logprobs: list[list[float]] = [[] for _ in owners]
+        alive = list(range(len(owners)))
+        for position in range(sampling.max_new_tokens):
+            now, logp = draw(logits, None if random is None else random[alive, position], sampling)
+            maybe_stop = scanner.may_end(now).tolist()
+            finished = []
+            for row, (owner, token, value) in enumerate(zip(alive, now.tolist(), logp.tolist(), strict=True)):
+                ids[owner].append(token)
+                logprobs[owner].append(value)
+                stop = None
+                if token in self.eos_ids:
+                    stop = StopReason.EOS
+                elif maybe_stop[row] and scanner.ends(ids[owner]):
+                    stop = StopReason.STOP
+                elif len(ids[owner]) >= limit[owner]:
+                    stop = StopReason.LENGTH
+                if stop is not None:
+                    index, seed = owners[owner]
+                    results[index][seed] = Sample(tuple(ids[owner]), tuple(logprobs[owner]), stop)
+                    finished.append(row)
+                    if self.cache is not None and stop is not StopReason.EOS:
+                        # The last sampled token has not been encoded: it is left to the next request.
+                        prefix = requests[index].prefix + tuple(ids[owner][:-1])
+                        self.cache.put(prefix, row_of(cache, row, mask[row].nonzero().squeeze(-1)))
+            if len(finished) == len(alive):
+                break
+            if finished:
+                gone = set(finished)
+                keep = torch.tensor([r for r in range(len(alive)) if r not in gone], device=mask.device)
+                cache.batch_select_indices(keep)
+                mask, now, lengths = mask[keep], now[keep], lengths[keep]
+                alive = [owner for row, owner in enumerate(alive) if row not in gone]
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            logits = self.model(
+                input_ids=now[:, None],
+                attention_mask=mask,
+                position_ids=(lengths + position)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
+        self.ledger.add_policy(self.parameters, generated=sum(map(len, ids)), calls=len(owners))
+
+    def _prefill(self, prefixes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """(logits of the next token [B, V], key/value cache, mask [B, columns]) of prefixes padded on the left."""
+        known = [self.cache.longest(p, len(p) - 1) if self.cache is not None else (0, None) for p in prefixes]
+        past = stack_left_padded([entry for _, entry in known])
+        old = 0 if past is None else past.shape[3]
+        new = max(len(p) - length for p, (length, _) in zip(prefixes, known, strict=True))
+        tokens = torch.full((len(prefixes), new), self.tokenizer.pad_token_id or 0)
+        positions = torch.zeros_like(tokens)
+        mask = torch.zeros(len(prefixes), old + new, dtype=torch.long)
+        for row, (prefix, (length, _)) in enumerate(zip(prefixes, known, strict=True)):
+            fresh = len(prefix) - length
+            tokens[row, new - fresh :] = torch.tensor(prefix[length:])
+            positions[row, new - fresh :] = torch.arange(length, len(prefix))
+            mask[row, old - length : old] = 1
+            mask[row, old + new - fresh :] = 1
+        device = self.model.device
+        tokens, positions, mask = tokens.to(device), positions.to(device), mask.to(device)
+        cache = to_dynamic_cache(past, self.model.config)
+        logits = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        self.ledger.add_policy(
+            self.parameters, prefilled=sum(len(p) - length for p, (length, _) in zip(prefixes, known, strict=True))
+        )
+        return logits, cache, mask
+
+    def _scanner(self, stop: tuple[str, ...]) -> StopScanner:
+        if stop not in self._scanners:
+            self._scanners[stop] = StopScanner(self.tokenizer, stop, self.model.config.get_text_config().vocab_size)
+        return self._scanners[stop]
+
+
+class StopScanner:
+    """Finds stop strings in token ids. Text is decoded only where the newest token could have completed one."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], vocabulary: int) -> None:
+        self.tokenizer, self.stop = tokenizer, stop
+        self.tail = 8 + max((len(s) for s in stop), default=0)
+        flags = torch.zeros(vocabulary, dtype=torch.bool)
+        if stop:
+            last = {s[-1] for s in stop}
+            pieces = tokenizer.batch_decode([[i] for i in range(min(vocabulary, len(tokenizer)))])
+            # A piece that is not whole text by itself (part of a character) may complete anything.
+            flags[: len(pieces)] = torch.tensor([bool(last & set(p)) or "\ufffd" in p for p in pieces])
+        self._flags = flags
+
+    def may_end(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Whether each token [B] could complete a stop string."""
+        return self._flags[tokens.cpu()]
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether the text of `ids` contains a stop string near its end."""
+        text = self.tokenizer.decode(ids[-self.tail :])
+        return any(s in text for s in self.stop)

@@ -1,0 +1,86 @@
+"""Choosing among samples: majority, best-of-N, weighted best-of-N; and exact estimators of their curves from one pool.
+
+Answers are canonical forms; None is an answer that could not be read, and never wins a vote. Ties give expected credit: the
+share of right answers among the tied ones (first-come would reward the order of sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def vote_credit(answers: Sequence[str | None], right: Sequence[bool], weights: Sequence[float] | None = None) -> float:
+    """Expected correctness, in [0, 1], of the answer with the greatest total weight (majority if `weights` is None).
+
+    Self-consistency (arXiv:2203.11171) and weighted best-of-N (arXiv:2206.02336).
+    """
+    totals: dict[str, float] = {}
+    is_right: dict[str, bool] = {}
+    for i, answer in enumerate(answers):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + (1.0 if weights is None else weights[i])
+            is_right[answer] = is_right.get(answer, False) or right[i]
+    if not totals:
+        return 0.0
+    # Sums of floats in another order differ in the last digits: equal votes must stay ties.
+    best = max(totals.values())
+    winners = [a for a, total in totals.items() if np.isclose(total, best, rtol=1e-9, atol=1e-12)]
+    return sum(is_right[a] for a in winners) / len(winners)
+
+
+def best_credit(scores: Sequence[float], right: Sequence[bool]) -> float:
+    """Expected correctness of the sample with the highest score; tied samples share the credit."""
+    if not scores:
+        return 0.0
+    best = max(scores)
+    winners = [r for s, r in zip(scores, right, strict=True) if s == best]
+    return sum(winners) / len(winners)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that k of n samples, c of them right, contain a right one: 1 - C(n-c, k) / C(n, k) (arXiv:2107.03374)."""
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"0 <= c <= n and 1 <= k <= n must hold, found n={n}, c={c}, k={k}")
+    if n - c < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
+
+
+def best_of_k(scores: Sequence[float], right: Sequence[bool], k: int) -> float:
+    """Expected correctness of the best-scored of k samples drawn from n without replacement.
+
+    With samples ranked by score, rank i is the best of a draw with probability C(n - i, k - 1) / C(n, k); ranks of equal score
+    share their samples' mean correctness.
+    """
+    n = len(scores)
+    if not 1 <= k <= n:
+        raise ValueError(f"1 <= k <= n must hold, found n={n}, k={k}")
+    scores_, right_ = np.asarray(scores, dtype=float), np.asarray(right, dtype=float)
+    shared = {s: right_[scores_ == s].mean() for s in set(scores_.tolist())}
+    order = np.argsort(-scores_, kind="stable")
+    probability, total = k / n, 0.0  # C(n-1, k-1) / C(n, k)
+    for i in range(1, n - k + 2):
+        total += probability * shared[float(scores_[order[i - 1]])]
+        if n - i > 0:
+            probability *= (n - i - k + 1) / (n - i)
+    return float(total)
+
+
+def paired_bootstrap(
+    values: Sequence[float], baseline: Sequence[float] | None = None, *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(mean, low, high) of `values`, or of values - baseline problem by problem: a 95 % percentile bootstrap over problems."""
+    x = np.asarray(values, dtype=float)
+    if baseline is not None:
+        x = x - np.asarray(baseline, dtype=float)
+    if not len(x):
+        raise ValueError("no values to resample")
+    rng = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for start in range(0, resamples, 500):  # in pieces, so that memory does not grow with the number of problems
+        size = min(500, resamples - start)
+        means[start : start + size] = x[rng.integers(0, len(x), (size, len(x)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(x.mean()), float(low), float(high)

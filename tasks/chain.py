@@ -1,0 +1,229 @@
+"""The lab: chains of modular arithmetic with an exact checker for every step and closed-form label error rates.
+
+`ChainArith(p, T)`: a start value in Z_p, then T operations ``+ a``, ``- a`` or ``* u`` (u a unit mod p), so that every
+operation is invertible. A problem and its solution read
+
+    Start 3 ; + 5 ; * 2 \\n        3 + 5 = 8 \\n 8 * 2 = 5 \\n Answer: 5
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ..basics import fold_seed
+from .base import Outcome, Problem, StepCheck, Verdict, split_on
+
+OPERATIONS = ("+", "-", "*")
+_STEP = re.compile(r"(\d{1,6}) ?([-+*]) ?(\d{1,6}) ?= ?(\d{1,6})")
+_ANSWER = re.compile(r"Answer: ?(\d{1,6})(?!\d)")  # a longer number is not read by its first digits
+
+
+def apply(value: int, operation: str, operand: int, p: int) -> int:
+    """`value` op `operand` mod p."""
+    if operation == "+":
+        return (value + operand) % p
+    if operation == "-":
+        return (value - operand) % p
+    return (value * operand) % p
+
+
+@dataclass(frozen=True)
+class ChainArith:
+    """Chain arithmetic mod `p` with `min_steps` to `max_steps` operations.
+
+    Splits are disjoint by problem text whatever their sizes: a hash of the text decides its split (60 % train, 20 % dev,
+    20 % test), so nothing of an evaluation split can be trained on. `sizes` says how many problems each split has.
+
+    Demonstrations for a policy of middling skill are noisy by fact: a fixed random `noisy_share` of the facts (value,
+    operation, operand) carries one fixed wrong result in `noisy_rate` of its uses, and every other fact is wrong (uniformly)
+    in `slip_rate` of them.
+    """
+
+    p: int = 11
+    min_steps: int = 4
+    max_steps: int = 8
+    sizes: Mapping[str, int] = field(default_factory=lambda: {"train": 2000, "dev": 200, "test": 500})
+    seed: int = 0
+    noisy_share: float = 0.15
+    noisy_rate: float = 0.6
+    slip_rate: float = 0.03
+    name: str = "chain"
+    step_separator: str = "\n"
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.p <= 9973:
+            raise ValueError(f"p must lie between 3 and 9973, found {self.p}")
+        if not 1 <= self.min_steps <= self.max_steps:
+            raise ValueError(f"1 <= min_steps <= max_steps must hold, found {self.min_steps} and {self.max_steps}")
+
+    # --- problems ------------------------------------------------------------------------------------------------------
+
+    @property
+    def units(self) -> list[int]:
+        """The factors a multiplication may have: units mod p other than 1."""
+        return [u for u in range(2, self.p) if math.gcd(u, self.p) == 1]
+
+    def problems(self, split: str) -> list[Problem]:
+        """The first `sizes[split]` distinct problems of the split; lengths cycle through min_steps..max_steps."""
+        if split not in self.sizes:
+            raise ValueError(f"split must be one of {', '.join(self.sizes)}, found {split!r}")
+        found: dict[str, Problem] = {}
+        lengths = range(self.min_steps, self.max_steps + 1)
+        attempt = 0
+        while len(found) < self.sizes[split]:
+            if attempt > 200 * self.sizes[split] + 10_000:
+                raise ValueError(
+                    f"chain arithmetic with p={self.p} and {self.min_steps} to {self.max_steps} steps has fewer than "
+                    f"{self.sizes[split]} distinct problems in split {split!r}: {len(found)} found"
+                )
+            problem = self.problem(lengths[len(found) % len(lengths)], fold_seed(self.seed, "problem", split, attempt))
+            attempt += 1
+            if self.split_of(problem.prompt) == split:
+                found.setdefault(problem.prompt, problem)
+        return [Problem(f"chain/{split}/{i:05d}", q.prompt, q.answer, q.meta) for i, q in enumerate(found.values())]
+
+    def split_of(self, prompt: str) -> str:
+        """The split that a problem's text belongs to; the same for every seed and size."""
+        bucket = fold_seed(0, "split", prompt) % 5
+        return "train" if bucket < 3 else ("dev" if bucket == 3 else "test")
+
+    def problem(self, steps: int, seed: int) -> Problem:
+        """One random problem of `steps` operations."""
+        rng = random.Random(seed)
+        start = rng.randrange(self.p)
+        operations = []
+        for _ in range(steps):
+            operation = rng.choice(OPERATIONS)
+            operand = rng.choice(self.units) if operation == "*" else rng.randrange(1, self.p)
+            operations.append((operation, operand))
+        value = start
+        for operation, operand in operations:
+            value = apply(value, operation, operand, self.p)
+        prompt = (
+            " ; ".join([f"Start {start}", *(f"{operation} {operand}" for operation, operand in operations)]) + " \n"
+        )
+        return Problem("", prompt, str(value), {"start": start, "operations": operations, "steps": steps})
+
+    def _parse(self, problem: Problem) -> tuple[int, list[tuple[str, int]]]:
+        head, *rest = problem.prompt.strip().split(" ; ")
+        return int(head.split()[1]), [(part.split()[0], int(part.split()[1])) for part in rest]
+
+    # --- solutions -----------------------------------------------------------------------------------------------------
+
+    def split_steps(self, text: str) -> list[str]:
+        """The lines of a solution."""
+        return split_on(text, self.step_separator)
+
+    def reference_steps(self, problem: Problem) -> list[str]:
+        """The right solution, without noise."""
+        return self._write(problem, lambda value, op, operand: apply(value, op, operand, self.p))
+
+    def demonstration(self, problem: Problem, seed: int) -> list[str]:
+        """A noisy solution: what a policy of middling skill learns from. Errors carry on into the lines below."""
+        rng = random.Random(seed)
+
+        def noisy(value: int, operation: str, operand: int) -> int:
+            right = apply(value, operation, operand, self.p)
+            wrong = self.noisy_result(value, operation, operand)
+            if wrong is not None:
+                return wrong if rng.random() < self.noisy_rate else right
+            if rng.random() < self.slip_rate:
+                return (right + rng.randrange(1, self.p)) % self.p
+            return right
+
+        return self._write(problem, noisy)
+
+    def noisy_result(self, value: int, operation: str, operand: int) -> int | None:
+        """The fixed wrong result of a noisy fact; None for a fact that is not noisy."""
+        rng = random.Random(fold_seed(self.seed, "fact", value, operation, operand))
+        if rng.random() >= self.noisy_share:
+            return None
+        return (apply(value, operation, operand, self.p) + rng.randrange(1, self.p)) % self.p
+
+    def _write(self, problem, result) -> list[str]:
+        value, operations = self._parse(problem)
+        lines = []
+        for operation, operand in operations:
+            after = result(value, operation, operand)
+            lines.append(f"{value} {operation} {operand} = {after}")
+            value = after
+        return [*lines, f"Answer: {value}"]
+
+    # --- checks --------------------------------------------------------------------------------------------------------
+
+    def verify(self, problem: Problem, text: str) -> Verdict:
+        """Verdict on the number after the last ``Answer:``; a text without one is unparseable."""
+        found = _ANSWER.findall(text[-2000:])
+        if not found:
+            return Verdict(None, Outcome.UNPARSEABLE, "no line 'Answer: <number>'")
+        answer = str(int(found[-1]))
+        if answer == problem.answer:
+            return Verdict(answer, Outcome.RIGHT)
+        return Verdict(answer, Outcome.WRONG, f"the answer is {problem.answer}, found {answer}")
+
+    def check_steps(self, problem: Problem, steps: Sequence[str]) -> list[StepCheck]:
+        """Exact checks of each step.
+
+        `local_ok`: the line has the right operation, starts from the value on the line before and holds mod p; an answer line
+        must repeat the last value after all operations. `on_track`: the written result is the reference's at that point.
+        """
+        value, operations = self._parse(problem)
+        written, right = value, value  # what the solution holds, what the reference holds
+        checks = []
+        for index, step in enumerate(steps):
+            line = _STEP.fullmatch(step.strip())
+            answer = _ANSWER.fullmatch(step.strip())
+            if index < len(operations):
+                right = apply(right, *operations[index], self.p)
+            if line and index < len(operations):
+                before, after = int(line[1]), int(line[4])
+                operation, operand = operations[index]
+                local = (
+                    before == written
+                    and (line[2], int(line[3])) == (operation, operand)
+                    and after == apply(before, operation, operand, self.p)
+                )
+                checks.append(StepCheck(local, after == right))
+                written = after
+            elif answer and index == len(operations):
+                checks.append(StepCheck(int(answer[1]) == written, int(answer[1]) == right))
+            else:
+                checks.append(StepCheck(False, False))
+        return checks
+
+
+# --- closed forms for the uniform-error policy ----------------------------------------------------------------------------
+
+
+def value_on_track(p: int, error_rate: float, steps_left: int) -> float:
+    """P(final answer right | on track) with `steps_left` steps to go.
+
+    The policy errs on each step with probability `error_rate`, then writes a uniformly random wrong residue:
+    c_r = 1/p + (1 - 1/p) lam^r with lam = 1 - eps p / (p - 1).
+    """
+    return 1 / p + (1 - 1 / p) * _lam(p, error_rate) ** steps_left
+
+
+def value_off_track(p: int, error_rate: float, steps_left: int) -> float:
+    """P(final answer right | off track): w_r = (1 - lam^r) / p."""
+    return (1 - _lam(p, error_rate) ** steps_left) / p
+
+
+def hard_label_error_rates(p: int, error_rate: float, steps_left: int, rollouts: int) -> tuple[float, float]:
+    """(false positive, false negative) rates of the label "any of K rollouts ends right", against `on_track`."""
+    off = value_off_track(p, error_rate, steps_left)
+    on = value_on_track(p, error_rate, steps_left)
+    return 1 - (1 - off) ** rollouts, (1 - on) ** rollouts
+
+
+def flawed_share_of_right(p: int, error_rate: float, steps: int) -> float:
+    """Share of solutions with a right answer that contain a flawed step: 1 - (1 - eps)^T / c_T."""
+    return 1 - (1 - error_rate) ** steps / value_on_track(p, error_rate, steps)
+
+
+def _lam(p: int, error_rate: float) -> float:
+    return 1 - error_rate * p / (p - 1)

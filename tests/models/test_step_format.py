@@ -1,0 +1,155 @@
+"""One layout of prompts and steps as ids: nothing joined and tokenised again, and a file that says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepladder.basics import UserError
+from stepladder.models.step_format import ADVISED_AGGREGATION, StepFormat
+
+TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+
+
+@pytest.fixture
+def lines(merging_tokenizer) -> StepFormat:
+    return StepFormat.for_policy(merging_tokenizer, "\n")
+
+
+def test_separators_are_appended_as_ids_and_not_by_joining_strings(merging_tokenizer, lines):
+    steps = ["2 + 2 = 4", "So it is."]
+    encoded = lines.encode(merging_tokenizer, "What is 2 + 2?", steps)
+    prompt = tuple(merging_tokenizer("What is 2 + 2?")["input_ids"])
+    [newline] = lines.separator_ids
+    assert encoded.ids[: encoded.prompt_length] == prompt
+    assert encoded.root == len(prompt) - 1
+    # Each step's own ids, then the separator.
+    want = prompt
+    ends = []
+    for step in steps:
+        want += (*merging_tokenizer(step)["input_ids"], newline)
+        ends.append(len(want) - 1)
+    assert encoded.ids == want
+    assert encoded.step_ends == tuple(ends)
+    assert all(encoded.ids[end] == newline for end in encoded.step_ends)
+    # A joined text merges the separators with what stands before them: no separator is left to read a score at.
+    joined = merging_tokenizer("".join(step + "\n" for step in steps))["input_ids"]
+    assert newline not in joined
+    assert tuple(joined) != encoded.ids[len(prompt) :]
+    assert merging_tokenizer.decode(joined) == merging_tokenizer.decode(encoded.ids[len(prompt) :])
+
+
+def test_separators_of_several_tokens_end_at_their_last(merging_tokenizer):
+    step_format = StepFormat.for_policy(merging_tokenizer, " END\n")
+    assert len(step_format.separator_ids) > 1
+    encoded = step_format.encode(merging_tokenizer, "x", ["a", "b"])
+    size = len(step_format.separator_ids)
+    for end in encoded.step_ends:
+        assert encoded.ids[end - size + 1 : end + 1] == step_format.separator_ids
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=st.text(min_size=1, max_size=20), steps=st.lists(st.text(max_size=15), max_size=5))
+def test_a_solution_that_grows_keeps_the_ids_it_had(merging_tokenizer, prompt, steps):
+    prompt = prompt.encode("utf-8", "ignore").decode() or "x"
+    steps = [step.encode("utf-8", "ignore").decode() for step in steps]
+    step_format = StepFormat.for_policy(merging_tokenizer, "\n")
+    whole = step_format.encode(merging_tokenizer, prompt, steps)
+    for length in range(len(steps) + 1):
+        part = step_format.encode(merging_tokenizer, prompt, steps[:length])
+        assert part.ids == whole.ids[: len(part.ids)]
+        assert part.step_ends == whole.step_ends[:length]
+        assert len(part.ids) == (part.step_ends[-1] + 1 if length else part.prompt_length)
+
+
+def test_an_end_of_sequence_that_a_tokenizer_adds_is_not_part_of_the_prompt(merging_tokenizer, lines):
+    class Closing:
+        eos_token_id = 1
+
+        def __call__(self, text, **_):
+            return {"input_ids": [*merging_tokenizer(text)["input_ids"], 1]}
+
+    assert lines.encode_prompt(Closing(), "ab") == tuple(merging_tokenizer("ab")["input_ids"])
+
+
+def test_the_template_and_the_chat_template(merging_tokenizer, lines):
+    plain = dataclasses.replace(lines, prompt_template="Q: {prompt} {x}\nA:")
+    assert merging_tokenizer.decode(plain.encode_prompt(merging_tokenizer, "1 {prompt}?")) == "Q: 1 {prompt}? {x}\nA:"
+    chat = dataclasses.replace(lines, chat=True, system="Be brief.", prompt_template="Solve: {prompt}")
+    with pytest.raises(UserError, match="has none: set chat: false"):
+        chat.encode_prompt(merging_tokenizer, "x")
+    merging_tokenizer.chat_template = TEMPLATE
+    try:
+        text = merging_tokenizer.decode(chat.encode_prompt(merging_tokenizer, "1 + 1"))
+        assert text == "[system] Be brief.\n[user] Solve: 1 + 1\n[assistant] "
+        silent = dataclasses.replace(chat, system=None)
+        assert merging_tokenizer.decode(silent.encode_prompt(merging_tokenizer, "1")).startswith("[user] Solve: 1\n")
+    finally:
+        merging_tokenizer.chat_template = None
+
+
+def test_saved_and_loaded_formats_are_equal(tmp_path, lines):
+    for one in (
+        lines,
+        dataclasses.replace(lines, chat=True, system="é\n", prompt_template="{prompt}\n"),
+        lines.for_reward("two_class", "soft"),
+        lines.for_reward("scalar", "human"),
+    ):
+        one.save(tmp_path)
+        assert StepFormat.load(tmp_path) == one
+    assert isinstance(StepFormat.load(tmp_path).separator_ids, tuple)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": "three_class"}, "head must be one of none, two_class, scalar, found 'three_class'"),
+        ({"head": "two_class", "positive_class": None}, "needs positive_class 0 or 1"),
+        ({"head": "two_class", "positive_class": 2}, "needs positive_class 0 or 1, found 2"),
+        ({"label_kind": "warm"}, "label_kind must be one of"),
+        ({"aggregation": "max"}, "aggregation must be one of last, min, prod, mean, found 'max'"),
+        ({"separator_ids": []}, "separator_ids is empty"),
+        ({"separator_ids": 5}, "separator_ids"),
+        ({"separator_ids": "\n"}, "separator_ids must be token ids"),
+        ({"separator_ids": [1.5]}, "separator_ids must be token ids"),
+        ({"prompt_template": "no place"}, "prompt_template must contain {prompt}"),
+        ({"prompt_template": 3}, "prompt_template"),
+        ({"sep": "\n"}, "not a step format"),
+    ],
+)
+def test_a_broken_file_is_one_sentence(tmp_path, lines, change, message):
+    record = {**dataclasses.asdict(lines), **change}
+    (tmp_path / "step_format.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message) as raised:
+        StepFormat.load(tmp_path)
+    assert str(tmp_path / "step_format.json") in str(raised.value)
+
+
+def test_a_missing_or_foreign_file_is_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no such file; a model used by Stepladder has its step format beside it"):
+        StepFormat.load(tmp_path)
+    for text, message in [("{", "not valid JSON"), ("[1]", "not a step format"), ("{}", "not a step format")]:
+        (tmp_path / "step_format.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            StepFormat.load(tmp_path)
+    (tmp_path / "step_format.json").write_text('{"separator_ids": [1]}')
+    with pytest.raises(UserError, match="separator"):
+        StepFormat.load(tmp_path)
+
+
+def test_reward_formats_keep_the_layout_and_advise_an_aggregation(lines):
+    soft, human = lines.for_reward("two_class", "soft"), lines.for_reward("scalar", "human")
+    assert (soft.positive_class, soft.aggregation) == (1, "last")
+    assert (human.positive_class, human.aggregation) == (None, "min")
+    assert soft.layout() == human.layout() == lines.layout()
+    assert dataclasses.replace(lines, separator_ids=(9,)).layout() != lines.layout()
+    assert set(ADVISED_AGGREGATION) == {"none", "outcome", "hard", "soft", "threshold", "human", "checker"}
+
+
+def test_a_separator_without_tokens_is_refused(lab_words):
+    with pytest.raises(UserError, match="no token for the step separator ' '"):
+        StepFormat.for_policy(lab_words, " ")

@@ -1,0 +1,72 @@
+"""Losses: pure functions of tensors. They return unreduced values; the caller names the reduction."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def step_logit(logits: torch.Tensor, positive_class: int | None) -> torch.Tensor:
+    """The log-odds [B, S] that a step is good, from head outputs [B, S, C].
+
+    C = 1: the scalar itself. C = 2: the difference of the two logits, so that sigmoid(log-odds) is the softmax probability of
+    the positive class.
+    """
+    if logits.shape[-1] == 1:
+        return logits.squeeze(-1)
+    if positive_class not in (0, 1):
+        raise ValueError(f"a two-class head needs positive_class 0 or 1, found {positive_class!r}")
+    return logits[..., positive_class] - logits[..., 1 - positive_class]
+
+
+def step_bce(log_odds: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy in nats [B, S], 0 where `mask` [B, S] is False.
+
+    L = -[y log p + (1 - y) log(1 - p)], p = sigmoid(log_odds), y in [0, 1]    Math-Shepherd (arXiv:2312.08935) Eq. 3; a soft
+    target y is the share of right continuations (arXiv:2408.03314 appendix D).
+    """
+    # Masked positions may hold anything; 0 * nan is nan, so they are replaced before the loss and not multiplied after it.
+    loss = F.binary_cross_entropy_with_logits(log_odds, torch.where(mask, targets, 0.0), reduction="none")
+    return torch.where(mask, loss, 0.0)
+
+
+def step_mse(log_odds: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared error of the probability [B, S], 0 where `mask` is False: (sigmoid(log_odds) - y)^2.
+
+    The verifier loss of Cobbe et al. (arXiv:2110.14168, section 4.2).
+    """
+    error = torch.sigmoid(log_odds) - torch.where(mask, targets, 0.0)
+    return torch.where(mask, error * error, 0.0)
+
+
+def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats [B, S-1], mask [B, S-1]) of predicting labels[:, 1:] from logits[:, :-1]; label -100 is masked."""
+    shifted = labels[:, 1:]
+    mask = shifted != -100
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), shifted, ignore_index=-100, reduction="none")
+    return losses, mask
+
+
+def weighted_sft(
+    losses: torch.Tensor,
+    mask: torch.Tensor,
+    sequence_weight: torch.Tensor,
+    token_weight: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
+    """Weighted fine-tuning loss, summed over what it is to be averaged over.
+
+    With u the token weights and w the sequence weights,
+      `sequence`: sum_b w_b (sum_t m_bt u_bt CE_bt / sum_t m_bt), to be divided by the number of sequences;
+      `token`: sum_b w_b sum_t m_bt u_bt CE_bt, to be divided by the number of trained tokens.
+    A sequence without a trained token counts 0.
+
+    Args: losses [B, S] nats; mask [B, S]; sequence_weight [B]; token_weight [B, S] or None for ones.
+    """
+    weighted = torch.where(mask, losses if token_weight is None else losses * token_weight, 0.0)
+    per_sequence = weighted.sum(1)
+    if reduction == "sequence":
+        per_sequence = per_sequence / mask.sum(1).clamp(min=1)
+    elif reduction != "token":
+        raise ValueError(f"reduction must be sequence or token, found {reduction!r}")
+    return (sequence_weight * per_sequence).sum()

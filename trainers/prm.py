@@ -1,0 +1,67 @@
+"""Process reward model: one score at the end of each step, trained on labels derived from counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import option
+from ..data_gen.rows import StepLabels, step_targets
+from ..data_gen.store import read_rows
+from ..models.step_format import LabelKind, StepFormat
+from .common import Examples, pick_rows, report_counts, run_trainer
+from .reward import RewardArguments, finish_examples, target_example, train_reward
+
+KINDS = ("hard", "soft", "threshold")
+
+
+@dataclass
+class PRMArguments(RewardArguments):
+    """Trains a process reward model on StepLabels rows."""
+
+    labels: str = option("hard", "from counts: hard (any continuation right), soft (share right) or threshold")
+    threshold: float = option(0.0, "with labels: threshold, positive if the share is greater than this")
+    after_first_zero: bool = option(True, "train on steps after the first step labelled 0 too")
+
+    def __post_init__(self) -> None:
+        if self.labels not in KINDS:
+            raise ValueError(f"labels must be one of {', '.join(KINDS)}, found {self.labels!r}")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold must lie in [0, 1), found {self.threshold}")
+        super().__post_init__()
+
+
+def prm_example(
+    row: StepLabels, tokenizer: Any, step_format: StepFormat, args: PRMArguments, counts: Counter[str]
+) -> dict[str, Any] | None:
+    """Targets at the last separator token of each step that has a label."""
+    targets = step_targets(row, args.labels, args.threshold, after_first_zero=args.after_first_zero)
+    encoded = step_format.encode(tokenizer, row.prompt, row.steps)
+    return target_example(encoded, targets, encoded.step_ends, args.max_length, counts)
+
+
+def train(args: PRMArguments) -> dict[str, float]:
+    """Trains a process reward model and writes its checkpoint; returns the final metrics."""
+    rows = pick_rows(read_rows(args.rows, StepLabels), args.max_rows, args.seed)
+
+    def make_examples(path: str, tokenizer: Any, step_format: StepFormat) -> Examples:
+        counts: Counter[str] = Counter()
+        source = rows if path == args.rows else read_rows(path, StepLabels)
+        items = [e for row in source if (e := prm_example(row, tokenizer, step_format, args, counts)) is not None]
+        return finish_examples(path, items, counts, report_counts)
+
+    return train_reward(args, make_examples, label_kind(rows, args.labels))
+
+
+def label_kind(rows: Sequence[StepLabels], labels: str) -> LabelKind:
+    """What the scores will mean, for step_format.json: `human` or `checker` if all rows are, else how counts became labels."""
+    sources = {row.label_source for row in rows}
+    if len(sources) == 1 and sources != {"monte_carlo"}:
+        return sources.pop()  # type: ignore[return-value]
+    return labels  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    run_trainer(PRMArguments, train, "stepladder.trainers.prm")

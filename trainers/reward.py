@@ -1,0 +1,127 @@
+"""What the outcome and the process reward trainers share: examples with a target at some positions, and one trainer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..basics import UserError
+from ..config import option
+from ..models.loading import load_policy_format, load_tokenizer
+from ..models.step_format import Encoded, Head, LabelKind, StepFormat
+from . import losses
+from .common import Examples, MetricsFile, StepladderArguments, StepladderTrainer, fit, make_folder, pad_batch, start_model
+
+
+@dataclass
+class RewardArguments(StepladderArguments):
+    """Trains a reward model: a token-classification head on a language model."""
+
+    head: str = option("two_class", "two_class (softmax of two logits) or scalar (sigmoid of one)")
+    loss: str = option("bce", "bce (cross-entropy, hard or soft targets) or mse (squared error of the probability)")
+    separator: str = option("\n", "text that ends a step, for a base model that has no step format yet")
+
+    def __post_init__(self) -> None:
+        if self.head not in ("two_class", "scalar"):
+            raise ValueError(f"head must be two_class or scalar, found {self.head!r}")
+        if self.loss not in ("bce", "mse"):
+            raise ValueError(f"loss must be bce or mse, found {self.loss!r}")
+        super().__post_init__()
+
+
+def target_example(
+    encoded: Encoded, targets: Sequence[float | None], positions: Sequence[int], max_length: int, counts: Counter[str]
+) -> dict[str, Any] | None:
+    """An example with targets[i] at positions[i], cut to max_length at a step's end; None if no target is left.
+
+    Truncation drops whole steps, so that no labelled step loses its end token; lost labels are counted.
+    """
+    labelled = [(p, t) for p, t in zip(positions, targets, strict=True) if t is not None]
+    kept = [(p, t) for p, t in labelled if p < max_length]
+    counts["labels"] += len(kept)
+    if len(kept) < len(labelled):
+        counts["labels cut by max_length"] += len(labelled) - len(kept)
+    if not kept:
+        counts["rows dropped: every label cut" if labelled else "rows dropped: no label"] += 1
+        return None
+    counts["rows"] += 1
+    length = kept[-1][0] + 1  # nothing behind the last label can be trained: it is not encoded
+    target, mask = [0.0] * length, [False] * length
+    for position, value in kept:
+        target[position], mask[position] = value, True
+    return {"input_ids": list(encoded.ids[:length]), "target": target, "target_mask": mask}
+
+
+def collate(items: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of reward examples, padded on the right."""
+    batch = pad_batch(items, {"input_ids": pad_id, "target": 0.0, "target_mask": False})
+    batch["target"] = batch["target"].float()
+    return batch
+
+
+class RewardTrainer(StepladderTrainer):
+    """A loss at the labelled positions, read without a shift, averaged over the labels of the whole optimiser step."""
+
+    positive_class: int | None = None
+
+    def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return batch["target_mask"].sum()
+
+    def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        mask, targets = batch["target_mask"], batch["target"]
+        log_odds = losses.step_logit(logits.float(), self.positive_class)
+        loss = losses.step_bce if self.args.loss == "bce" else losses.step_mse
+        agree = ((log_odds > 0) == (targets > 0.5)) & mask
+        labels = mask.sum().clamp(min=1)
+        return loss(log_odds, targets, mask).sum(), {
+            "accuracy": (agree.sum() / labels).item(),
+            "target_mean": ((targets * mask).sum() / labels).item(),
+        }
+
+
+def train_reward(args: RewardArguments, make_examples: Any, label_kind: LabelKind) -> dict[str, float]:
+    """Trains a reward model on make_examples(path, tokenizer, step_format) and writes its checkpoint; returns metrics."""
+    from transformers import AutoModelForTokenClassification
+
+    tokenizer = load_tokenizer(args.model)
+    head: Head = "two_class" if args.head == "two_class" else "scalar"
+    step_format = load_policy_format(args.model, tokenizer, args.separator).for_reward(head, label_kind)
+    data = make_examples(args.rows, tokenizer, step_format)
+    held_out = make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None
+    # Dropout on the head would make scores of the same text differ between training and use.
+    labels = {"num_labels": 2 if head == "two_class" else 1, "classifier_dropout": 0.0}
+    make_folder(str(args.output_dir))
+    trainer = RewardTrainer(
+        model=start_model(AutoModelForTokenClassification, args, **labels),
+        args=args,
+        train_dataset=data,
+        eval_dataset=held_out,
+        data_collator=lambda items: collate(items, tokenizer.pad_token_id),
+        callbacks=[MetricsFile(str(args.output_dir))],
+    )
+    trainer.positive_class = step_format.positive_class
+    return fit(trainer, tokenizer, step_format)
+
+
+def finish_examples(path: str, items: list[dict[str, Any]], counts: Counter[str], report: Any) -> Examples:
+    """The examples, after printing the counts. Raises UserError if none is left."""
+    report(path, dict(counts))
+    if not items:
+        raise UserError(f"{path}: no row can be trained on ({', '.join(f'{n} {k}' for k, n in counts.items())})")
+    return Examples(items)
+
+
+def check_layout(rows_layout: StepFormat, model_layout: StepFormat, where: str) -> None:
+    """Raises UserError if two step formats lay text out differently."""
+    theirs, ours = rows_layout.layout(), model_layout.layout()
+    for name in ours:
+        if theirs[name] != ours[name]:
+            raise UserError(
+                f"{where}: the step format of the data has {name} {theirs[name]!r}, the model's has {ours[name]!r}; "
+                "scores would be read at the wrong tokens"
+            )

@@ -1,0 +1,214 @@
+"""Supervised fine-tuning of a policy on dialogues, with weights for samples and tokens and masked spans.
+
+The loss is that of methods with critiques and self-correction too: one weighted, masked cross-entropy. TRL's SFT trainer (1.16)
+has no weights, so this one stands on transformers' Trainer; without weights and with `reduction: token` both give the same
+loss, which a test shows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..basics import UserError
+from ..config import option
+from ..data_gen.rows import Dialogue
+from ..data_gen.store import read_rows
+from ..models.loading import load_policy_format, load_tokenizer
+from ..models.step_format import StepFormat
+from . import losses
+from .common import (
+    Examples,
+    StepladderArguments,
+    StepladderTrainer,
+    fit,
+    pad_batch,
+    pick_rows,
+    report_counts,
+    run_trainer,
+    start_model,
+)
+
+
+@dataclass
+class SFTArguments(StepladderArguments):
+    """Fine-tunes a policy on Dialogue rows."""
+
+    reduction: str = option("sequence", "mean over sequence (each sequence weighs the same) or token")
+    separator: str = option("\n", "text that ends a step, for a policy that has no step format yet")
+    lab_model: dict[str, int] = option(
+        {}, "start from a new lab model instead of `model`: width, layers, heads, largest_number"
+    )
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("sequence", "token"):
+            raise ValueError(f"reduction must be sequence or token, found {self.reduction!r}")
+        super().__post_init__()
+
+
+def dialogue_example(
+    row: Dialogue, tokenizer: Any, step_format: StepFormat, max_length: int
+) -> tuple[dict[str, Any] | None, str]:
+    """(example with input_ids, labels, token_weight and weight; what happened to the row).
+
+    A one-turn dialogue (user, assistant) is laid out as the generator lays it out: the step format's prompt ids, the reply, the
+    end-of-sequence token. Longer dialogues go through the chat template, and masks come from the offsets of the rendered text.
+    A row that is too long gives (None, "too long").
+    """
+    if [m.role for m in row.messages] == ["user", "assistant"]:
+        ids, labels, weights = _plain(row, tokenizer, step_format)
+    else:
+        ids, labels, weights = _chat(row, tokenizer, step_format)
+    if len(ids) > max_length:
+        return None, "too long"
+    if all(label == -100 for label in labels[1:]):
+        return None, "without a trained token"
+    return {"input_ids": ids, "labels": labels, "token_weight": weights, "weight": 1.0}, "kept"
+
+
+def _plain(row: Dialogue, tokenizer: Any, step_format: StepFormat) -> tuple[list[int], list[int], list[float]]:
+    prompt = list(step_format.encode_prompt(tokenizer, row.messages[0].content))
+    reply = row.messages[1]
+    encoded = tokenizer(reply.content, add_special_tokens=False, return_offsets_mapping=True)
+    ids = prompt + encoded["input_ids"] + [tokenizer.eos_token_id]
+    labels, weights = [-100] * len(prompt), [0.0] * len(prompt)
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        trained = reply.train and not _masked(reply, start, end)
+        labels.append(token if trained else -100)
+        weights.append(reply.weight if trained else 0.0)
+    labels.append(tokenizer.eos_token_id if reply.train else -100)
+    weights.append(reply.weight if reply.train else 0.0)
+    return ids, labels, weights
+
+
+def _chat(row: Dialogue, tokenizer: Any, step_format: StepFormat) -> tuple[list[int], list[int], list[float]]:
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            f"row {row.problem_id}: a dialogue of {len(row.messages)} turns needs a chat template, and the tokenizer has none"
+        )
+    messages = [{"role": m.role, "content": m.content} for m in row.messages]
+    turns = list(row.messages)
+    if step_format.system is not None and turns[0].role != "system":
+        messages.insert(0, {"role": "system", "content": step_format.system})
+    shift = len(messages) - len(turns)
+    if step_format.prompt_template != "{prompt}" and turns[0].role == "user":
+        messages[shift]["content"] = step_format.prompt_template.replace("{prompt}", turns[0].content)
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+    labels, weights = [-100] * len(ids), [0.0] * len(ids)
+    for number, turn in enumerate(turns):
+        if not turn.train:
+            continue
+        # Where this turn's text begins: after everything before it, rendered with the header of an assistant turn.
+        head = tokenizer.apply_chat_template(messages[: number + shift], tokenize=False, add_generation_prompt=True)
+        begin = len(head) if text.startswith(head) else -1
+        if begin < 0 or not text[begin:].lstrip().startswith(turn.content.strip()):
+            raise UserError(f"row {row.problem_id}: the chat template does not keep turn {number} as written; it cannot be masked")
+        begin += len(text[begin:]) - len(text[begin:].lstrip())
+        content_end = begin + len(turn.content.strip())
+        # The template's end-of-turn token right behind the text is trained with it: it is how a policy learns to stop.
+        closing = next((k for k, (s, _) in enumerate(offsets) if s >= content_end), None)
+        for k, (start, end) in enumerate(offsets):
+            inside = start >= begin and end <= content_end and end > start
+            if (inside and not _masked(turn, start - begin, end - begin)) or (k == closing and ids[k] in _stops(tokenizer)):
+                labels[k], weights[k] = ids[k], turn.weight
+    return ids, labels, weights
+
+
+def _stops(tokenizer: Any) -> set[int]:
+    return {i for i in (tokenizer.eos_token_id, *tokenizer.all_special_ids) if i is not None}
+
+
+def _masked(message: Any, start: int, end: int) -> bool:
+    return any(start < stop and end > begin for begin, stop in message.mask_spans)
+
+
+class SFTTrainer(StepladderTrainer):
+    """Weighted, masked cross-entropy (losses.weighted_sft)."""
+
+    def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        trained = batch["labels"][:, 1:] != -100
+        return torch.tensor(len(trained)) if self.args.reduction == "sequence" else trained.sum()
+
+    def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        nats, mask = losses.token_cross_entropy(logits, batch["labels"])
+        total = losses.weighted_sft(nats, mask, batch["weight"], batch["token_weight"][:, 1:], self.args.reduction)
+        correct = (logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) & mask
+        return total, {"token_accuracy": (correct.sum() / mask.sum().clamp(min=1)).item()}
+
+
+def collate(items: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of SFT examples, padded on the right."""
+    batch = pad_batch(items, {"input_ids": pad_id, "labels": -100, "token_weight": 0.0})
+    batch["weight"] = torch.tensor([item["weight"] for item in items])
+    return batch
+
+
+def _examples(path: str, args: SFTArguments, tokenizer: Any, step_format: StepFormat) -> Examples:
+    counts: Counter[str] = Counter()
+    items = []
+    for row in pick_rows(read_rows(path, Dialogue), args.max_rows, args.seed):
+        item, what = dialogue_example(row, tokenizer, step_format, args.max_length)
+        counts[what] += 1
+        if item is not None:
+            items.append(item)
+    report_counts(f"{path}", dict(counts))
+    if not items:
+        raise UserError(f"{path}: no row can be trained on ({dict(counts)}, max_length {args.max_length})")
+    return Examples(items)
+
+
+def train(args: SFTArguments) -> dict[str, float]:
+    """Trains a policy and writes its checkpoint; returns the final metrics."""
+    from transformers import AutoModelForCausalLM
+
+    if args.lab_model:
+        _new_lab_model(args)
+    tokenizer = load_tokenizer(args.model)
+    step_format = load_policy_format(args.model, tokenizer, args.separator)
+    data = _examples(args.rows, args, tokenizer, step_format)
+    held_out = _examples(args.eval_rows, args, tokenizer, step_format) if args.eval_rows else None
+    trainer = SFTTrainer(
+        model=start_model(AutoModelForCausalLM, args),
+        args=args,
+        train_dataset=data,
+        eval_dataset=held_out,
+        data_collator=lambda items: collate(items, tokenizer.pad_token_id),
+        callbacks=_callbacks(args),
+    )
+    return fit(trainer, tokenizer, step_format)
+
+
+def _callbacks(args: StepladderArguments) -> list[Any]:
+    from .common import MetricsFile
+
+    Path(args.output_dir or ".").mkdir(parents=True, exist_ok=True)
+    return [MetricsFile(str(args.output_dir))]
+
+
+def _new_lab_model(args: SFTArguments) -> None:
+    from transformers import LlamaForCausalLM
+
+    from ..models.lab import lab_config, lab_tokenizer
+
+    folder = Path(str(args.output_dir)) / "start"
+    sizes = dict(args.lab_model)
+    if "largest_number" not in sizes:
+        raise UserError("lab_model needs largest_number, the largest number the tokenizer knows (p - 1 for chain)")
+    tokenizer = lab_tokenizer(sizes.pop("largest_number"))
+    torch.manual_seed(args.seed)
+    LlamaForCausalLM(lab_config(len(tokenizer), **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    StepFormat.for_policy(tokenizer, args.separator).save(folder)
+    args.model = str(folder)
+
+
+if __name__ == "__main__":
+    run_trainer(SFTArguments, train, "stepladder.trainers.sft")
