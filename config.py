@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import enum
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,8 +21,9 @@ from .basics import UserError
 C = TypeVar("C")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML where a key given twice is an error instead of the first value silently lost."""
+class _Loader(yaml.SafeLoader):
+    """YAML where a key given twice is an error instead of the first value silently lost, and only true and false are booleans
+    (YAML 1.1 reads `save_strategy: no` as false)."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -32,11 +35,18 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError for a missing file, broken YAML or anything but a mapping."""
     path = Path(path)
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -129,10 +139,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is float:
         # YAML 1.1 reads 1e-3 as text; people write it all the time.
         if isinstance(value, str):
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)
-            except ValueError:
-                pass
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         raise UserError(f"{where} must be a number, found {_show(value)}")
@@ -181,7 +189,7 @@ def parse_overrides(tokens: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, text in pairs:
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError:
             value = text
         set_nested(values, key, value)

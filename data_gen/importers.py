@@ -131,9 +131,15 @@ def process_bench(path: str | Path) -> list[dict[str, Any]]:
     if not isinstance(records, list) or not records:
         raise UserError(f"{path}: expected a list of ProcessBench records, found none")
     for i, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, record {i}: expected a JSON object, found {type(record).__name__}")
         missing = [k for k in ("problem", "steps", "label") if k not in record]
         if missing:
             raise UserError(f"{path}, record {i}: field {missing[0]} is missing (found {', '.join(record)})")
+        if not isinstance(record["steps"], list) or not all(isinstance(s, str) for s in record["steps"]):
+            raise UserError(f"{path}, record {i}: steps must be a list of texts, found {record['steps']!r:.80}")
         if not isinstance(record["label"], int) or not -1 <= record["label"] < len(record["steps"]):
-            raise UserError(f"{path}, record {i}: label must lie between -1 and the last step, found {record['label']!r}")
+            raise UserError(
+                f"{path}, record {i}: label must lie between -1 and the last step, found {record['label']!r}"
+            )
     return records

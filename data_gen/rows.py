@@ -199,6 +199,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise UserError(f"{where}: expected a list, found {type(value).__name__}")
         if args[-1] is Ellipsis:
             return tuple(_convert(args[0], item, where) for item in value)
+        if len(value) != len(args):
+            raise UserError(f"{where}: expected {len(args)} values, found {len(value)}")
         return tuple(_convert(a, item, where) for a, item in zip(args, value, strict=True))
     if origin is Literal:
         if value not in args:
@@ -226,6 +228,8 @@ def step_targets(
     give the same. With `after_first_zero` False, targets after the first 0 are dropped, as Qwen's PRM does
     (arXiv:2501.07301 section 2).
     """
+    if kind not in ("soft", "hard", "threshold", "human", "checker"):
+        raise ValueError(f"label kind must be hard, soft, threshold, human or checker, found {kind!r}")
     targets: list[float | None] = []
     for correct, rollouts in zip(row.n_correct[1:], row.n_rollouts[1:], strict=True):
         share = correct / rollouts if rollouts else None
@@ -235,10 +239,8 @@ def step_targets(
             targets.append(share)
         elif kind == "threshold":
             targets.append(float(share > threshold))
-        elif kind in ("hard", "human", "checker"):
-            targets.append(float(correct > 0))
         else:
-            raise ValueError(f"label kind must be hard, soft, threshold, human or checker, found {kind!r}")
+            targets.append(float(correct > 0))
     if not after_first_zero and 0.0 in targets:
         keep = targets.index(0.0) + 1
         targets[keep:] = [None] * (len(targets) - keep)

@@ -118,7 +118,9 @@ def best_solutions(
     for problem_id, indices in by_problem.items():
         if not indices:
             counts["problems without a right solution"] += 1
-        rank = {i: -scores[i] if scores is not None else fold_seed(seed, problem_id, solutions[i].sample) for i in indices}
+        rank = {
+            i: -scores[i] if scores is not None else fold_seed(seed, problem_id, solutions[i].sample) for i in indices
+        }
         seen: set[tuple[str, ...]] = set()
         for i in sorted(indices, key=lambda i: (rank[i], i)):
             if solutions[i].steps in seen:

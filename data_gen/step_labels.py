@@ -34,7 +34,10 @@ def monte_carlo_labels(
     result: UnitResult[StepLabels] = UnitResult([])
     wanted: dict[tuple[str, tuple[int, ...]], Request] = {}
     prefixes_of: list[list[tuple[str, tuple[int, ...]]]] = []
-    for row in solutions:
+    kept = [row for row in solutions if row.steps]
+    if len(kept) < len(solutions):
+        result.dropped["empty solutions"] = len(solutions) - len(kept)
+    for row in kept:
         prompt, ids, ends = _layout(engine, step_format, row)
         keys = []
         for end in (0, *ends[:-1]):
@@ -56,10 +59,7 @@ def monte_carlo_labels(
         right = sum(task.verify(problems[problem_id], text).right for text in texts)
         counted[problem_id, ids] = (right, len(samples))
 
-    for row, keys in zip(solutions, prefixes_of, strict=True):
-        if not row.steps:
-            result.dropped["empty solutions"] += 1
-            continue
+    for row, keys in zip(kept, prefixes_of, strict=True):
         counts = [*(counted[key] for key in keys), (int(row.right), 1)]
         checks = task.check_steps(problems[row.problem_id], row.steps) if isinstance(task, StepChecker) else None
         result.rows.append(
@@ -82,7 +82,9 @@ def monte_carlo_labels(
     return result
 
 
-def _layout(engine: Engine, step_format: StepFormat, row: Solution) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+def _layout(
+    engine: Engine, step_format: StepFormat, row: Solution
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """(prompt ids, solution ids, step ends): the ids as sampled, or for imported text those of the step format."""
     prompt = step_format.encode_prompt(engine.tokenizer, row.prompt)
     if row.token_ids:

@@ -69,10 +69,13 @@ def make_rows(
     The process that finds all units committed joins them, in the order of the units, into rows.parquet.
     """
     folder = make_folder(folder)
-    if (folder / ROWS_FILE).is_file() and (folder / ABOUT_FILE).is_file():
+    if _finished(folder):
         return True
     mine = [i for i in range(len(units)) if i % shard.count == shard.index]
-    done = set(committed_units(folder))
+    done = committed_units(folder)
+    # Another process may have joined the rows and removed the parts between the first look and the second.
+    if _finished(folder):
+        return True
     todo = [i for i in mine if i not in done]
     part = folder / f"part-{shard.index:05d}-of-{shard.count:05d}.jsonl"
     from tqdm import tqdm
@@ -85,39 +88,46 @@ def make_rows(
         disable=not progress,
         mininterval=0.5,
     )
-    with told_as_user_error(f"write to {part}"), part.open("ab") as file:
-        if file.tell():
-            _end_torn_line(part, file)
-        for index in todo:
-            result = work(units[index])
-            lines = [canonical_json({"unit": index, "row": to_record(row)}) for row in result.rows]
-            commit = {
-                "unit": index,
-                "rows": len(lines),
-                "dropped": dict(result.dropped),
-                "ledger": result.ledger.to_json(),
-            }
-            file.write("".join(line + "\n" for line in [*lines, canonical_json(commit)]).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            bar.update()
+    if todo:
+        _append(part, b"")  # a folder that cannot be written is told before any work is done
+    for index in todo:
+        result = work(units[index])
+        lines = [canonical_json({"unit": index, "row": to_record(row)}) for row in result.rows]
+        commit = {
+            "unit": index,
+            "rows": len(lines),
+            "dropped": dict(result.dropped),
+            "ledger": result.ledger.to_json(),
+        }
+        _append(part, "".join(line + "\n" for line in [*lines, canonical_json(commit)]).encode())
+        bar.update()
     bar.close()
-    if len(committed_units(folder)) < len(units):
-        return False
-    _finish(folder, row_type, len(units))
-    return True
+    return _finish(folder, row_type, len(units))
 
 
-def _end_torn_line(part: Path, file: Any) -> None:
-    with part.open("rb") as reader:
-        reader.seek(-1, os.SEEK_END)
-        if reader.read(1) != b"\n":
-            file.write(b"\n")
+def _finished(folder: Path) -> bool:
+    return (folder / ROWS_FILE).is_file() and (folder / ABOUT_FILE).is_file()
+
+
+def _append(part: Path, data: bytes) -> None:
+    """Appends in a single write, on a line of its own if a torn line ends the file."""
+    with told_as_user_error(f"write to {part}"), part.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                data = b"\n" + data
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _part_lines(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     for part in sorted(folder.glob("part-*.jsonl")):
-        with part.open("rb") as file:
+        try:
+            file = part.open("rb")
+        except FileNotFoundError:
+            continue  # another process has joined the rows and removes the parts
+        with file:
             for line in file:
                 try:
                     record = json.loads(line)
@@ -132,8 +142,13 @@ def committed_units(folder: Path) -> dict[int, dict[str, Any]]:
     return {record["unit"]: record for _, record in _part_lines(folder) if "rows" in record}
 
 
-def _finish(folder: Path, row_type: type[R], units: int) -> None:
-    """Joins the parts into rows.parquet in the order of the units; of a unit made twice the first whole copy counts."""
+def _finish(folder: Path, row_type: type[R], units: int) -> bool:
+    """Joins the parts into rows.parquet in the order of the units, if all are there; True if the rows are finished.
+
+    Of a unit made twice the first whole copy counts.
+    """
+    if not committed_units(folder).keys() >= set(range(units)):
+        return _finished(folder)
     rows_of: dict[int, list[dict[str, Any]]] = {}
     commits: dict[int, dict[str, Any]] = {}
     pending: dict[tuple[Path, int], list[dict[str, Any]]] = {}
@@ -146,15 +161,18 @@ def _finish(folder: Path, row_type: type[R], units: int) -> None:
             rows = pending.pop(key, [])
             rows_of.setdefault(unit, rows[len(rows) - record["rows"] :])
             commits.setdefault(unit, record)
+    if not commits.keys() >= set(range(units)):
+        return _finished(folder)
     dropped: Counter[str] = Counter()
     ledger = Ledger()
     for unit in range(units):
         dropped.update(commits[unit]["dropped"])
         ledger = ledger + Ledger(**commits[unit]["ledger"])
-    rows = [from_record(row_type, r, f"{folder}, unit {u}") for u in range(units) for r in rows_of[u]]
-    write_rows(folder, rows, dropped=dropped, ledger=ledger)
+    finished = [from_record(row_type, r, f"{folder}, unit {u}") for u in range(units) for r in rows_of[u]]
+    write_rows(folder, finished, dropped=dropped, ledger=ledger)
     for part in folder.glob("part-*.jsonl"):
         part.unlink(missing_ok=True)
+    return True
 
 
 def write_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def _stage(group: str, rest: list[str]) -> None:
     if config_file is not None:
         values = merge(read_yaml(str(config_file)), values)
         out = out or values.pop("out", None)
-    fields = config_class(kind).__dataclass_fields__
+    fields = {field.name for field in dataclasses.fields(config_class(kind))}
     if "output_dir" in fields:
         if out:
             values["output_dir"] = str(out)

@@ -79,7 +79,11 @@ def evaluate_policies(config: stages.EvaluatePolicies, out: Path) -> None:
         reference = next((a for a in arms if a.startswith("majority")), "greedy")
         for arm, found in arms.items():
             label, n = f"{name}/{arm}", len(ids)
-            records.append(record(label, "accuracy", paired_bootstrap(found.values, seed=config.seed), n, config.seed, found.ledger))
+            records.append(
+                record(
+                    label, "accuracy", paired_bootstrap(found.values, seed=config.seed), n, config.seed, found.ledger
+                )
+            )
             if reference in arms and arm not in (reference, "greedy") and not arm.startswith("pass"):
                 difference = paired_bootstrap(found.values, arms[reference].values, seed=config.seed)
                 records.append(record(label, "accuracy_minus_majority", difference, n, config.seed, found.ledger))
@@ -89,7 +93,9 @@ def evaluate_policies(config: stages.EvaluatePolicies, out: Path) -> None:
         for arm, found in arms_of[name].items():
             if arm in arms_of[base]:
                 difference = paired_bootstrap(found.values, arms_of[base][arm].values, seed=config.seed)
-                records.append(record(f"{name}/{arm}", f"accuracy_minus_{base}", difference, len(ids), config.seed, found.ledger))
+                records.append(
+                    record(f"{name}/{arm}", f"accuracy_minus_{base}", difference, len(ids), config.seed, found.ledger)
+                )
     write_json(out / DETAILS, {"solutions": shown})
     write_json(out / RESULTS, records)
 
@@ -137,16 +143,22 @@ class _Scored:
         return self.ledgers.get((which, kind), Ledger())
 
 
-def _by_problem(rows: Sequence[Solution], extra: Sequence[float] | None = None) -> dict[str, list[tuple[Solution, float]]]:
+def _by_problem(
+    rows: Sequence[Solution], extra: Sequence[float] | None = None
+) -> dict[str, list[tuple[Solution, float]]]:
     grouped: dict[str, list[tuple[Solution, float]]] = {}
     for i, row in enumerate(rows):
         grouped.setdefault(row.problem_id, []).append((row, extra[i] if extra is not None else 0.0))
     return grouped
 
 
-def _arms(ids: Sequence[str], groups: Mapping[str, Sequence[Solution]], paths: Mapping[str, str], scored: _Scored) -> dict[str, Arm]:
+def _arms(
+    ids: Sequence[str], groups: Mapping[str, Sequence[Solution]], paths: Mapping[str, str], scored: _Scored
+) -> dict[str, Arm]:
     """Every arm that the rows allow. A problem that an arm has no row of (its prompt did not fit) counts as wrong."""
-    cost = {kind: Ledger(**read_about(path)["ledger"]) if Path(path).is_dir() else Ledger() for kind, path in paths.items()}
+    cost = {
+        kind: Ledger(**read_about(path)["ledger"]) if Path(path).is_dir() else Ledger() for kind, path in paths.items()
+    }
     arms: dict[str, Arm] = {}
 
     def add(name: str, kind: str, value: Any, extra: Sequence[float] | None = None, which: str = "") -> None:
@@ -161,12 +173,18 @@ def _arms(ids: Sequence[str], groups: Mapping[str, Sequence[Solution]], paths: M
         n = max(len(found) for found in _by_problem(rows).values())
         add("sample", "samples", lambda found: sum(r.right for r, _ in found) / len(found))
         add(f"pass@{n}", "samples", lambda found: pass_at_k(len(found), sum(r.right for r, _ in found), len(found)))
-        add(f"majority@{n}", "samples", lambda found: vote_credit([r.answer for r, _ in found], [r.right for r, _ in found]))
+        add(
+            f"majority@{n}",
+            "samples",
+            lambda found: vote_credit([r.answer for r, _ in found], [r.right for r, _ in found]),
+        )
         for which in ("orm", "prm"):
             totals = scored.totals(which, "samples", rows)
             if totals is not None:
                 best = lambda found: best_credit([s for _, s in found], [r.right for r, _ in found])
-                vote = lambda found: vote_credit([r.answer for r, _ in found], [r.right for r, _ in found], [s for _, s in found])
+                vote = lambda found: vote_credit(
+                    [r.answer for r, _ in found], [r.right for r, _ in found], [s for _, s in found]
+                )
                 add(f"best_of_{n}_{which}", "samples", best, totals, which)
                 add(f"weighted_best_of_{n}_{which}", "samples", vote, totals, which)
     if "beam" in groups:
@@ -175,7 +193,9 @@ def _arms(ids: Sequence[str], groups: Mapping[str, Sequence[Solution]], paths: M
             raise UserError("policies: rows of a beam search need prm, which chooses among what it found")
         n = max(len(found) for found in _by_problem(groups["beam"]).values())
         best = lambda found: best_credit([s for _, s in found], [r.right for r, _ in found])
-        vote = lambda found: vote_credit([r.answer for r, _ in found], [r.right for r, _ in found], [s for _, s in found])
+        vote = lambda found: vote_credit(
+            [r.answer for r, _ in found], [r.right for r, _ in found], [s for _, s in found]
+        )
         add(f"beam_{n}_prm", "beam", best, totals)
         add(f"weighted_beam_{n}_prm", "beam", vote, totals)
     return arms
@@ -269,7 +289,7 @@ def evaluate_prm(config: stages.EvaluatePRM, out: Path) -> None:
         truth = [-1 if e is None else e for e in labels]
         f1 = _bootstrap_groups(
             list(groups.values()),
-            lambda idx, p=predicted: first_error_f1([p[i] for i in idx], [truth[i] for i in idx])["f1"],
+            lambda idx, p=predicted, t=truth: first_error_f1([p[i] for i in idx], [t[i] for i in idx])["f1"],
             seed,
         )
         n = len(rows)
@@ -282,10 +302,16 @@ def evaluate_prm(config: stages.EvaluatePRM, out: Path) -> None:
             if 0 < sum(rows[i].right for i in idx) < len(idx)
         ]
         if inside:
-            records.append(record(arm, "within_question_auroc", paired_bootstrap(inside, seed=seed), len(inside), seed, model.ledger))
+            records.append(
+                record(
+                    arm, "within_question_auroc", paired_bootstrap(inside, seed=seed), len(inside), seed, model.ledger
+                )
+            )
         flat = [v for s in scores for v in s]
         good = [float(c.on_track) for check in checks for c in check]
-        records.append(record(arm, "ece_against_on_track", expected_calibration_error(flat, good), len(flat), seed, model.ledger))
+        records.append(
+            record(arm, "ece_against_on_track", expected_calibration_error(flat, good), len(flat), seed, model.ledger)
+        )
         if arm == "prm":
             details["calibration"] = {"scores": flat[:20000], "right": [bool(g) for g in good[:20000]]}
     if config.labels and isinstance(task, ChainArith):
@@ -294,7 +320,9 @@ def evaluate_prm(config: stages.EvaluatePRM, out: Path) -> None:
     write_json(out / RESULTS, records)
 
 
-def _bootstrap_groups(groups: Sequence[Sequence[int]], value: Any, seed: int, resamples: int = 200) -> tuple[float, float, float]:
+def _bootstrap_groups(
+    groups: Sequence[Sequence[int]], value: Any, seed: int, resamples: int = 200
+) -> tuple[float, float, float]:
     """(value, low, high): a 95 % bootstrap that draws whole problems, for values that are no means over problems."""
     import numpy as np
 
@@ -306,7 +334,9 @@ def _bootstrap_groups(groups: Sequence[Sequence[int]], value: Any, seed: int, re
     return float(value([i for g in groups for i in g])), float(low), float(high)
 
 
-def label_errors(task: ChainArith, labels: Sequence[StepLabels], solutions: Sequence[Solution], seed: int) -> list[dict[str, Any]]:
+def label_errors(
+    task: ChainArith, labels: Sequence[StepLabels], solutions: Sequence[Solution], seed: int
+) -> list[dict[str, Any]]:
     """False positive and false negative rates of the hard label against the exact checker, beside their closed form.
 
     The closed form (methods of the lab, `tasks.chain.hard_label_error_rates`) is that of a policy that errs uniformly; its error
@@ -361,7 +391,9 @@ def evaluate_processbench(config: stages.EvaluateProcessBench, out: Path) -> Non
             scores[subset] = model.score([(r["problem"], r["steps"]) for r in records])
             write_json(kept, {"key": key, "scores": scores[subset]})
     if model.cut_steps:
-        print(f"{model.cut_steps} steps did not fit into the context of {model.context} tokens and took the score before them")
+        print(
+            f"{model.cut_steps} steps did not fit into the context of {model.context} tokens and took the score before them"
+        )
     threshold = config.threshold
     if threshold is None:
         if config.tune_on not in scores:
@@ -373,10 +405,24 @@ def evaluate_processbench(config: stages.EvaluateProcessBench, out: Path) -> Non
         predicted = [predicted_first_error(s, threshold) for s in scores[subset]]
         groups = [[i] for i in range(len(predicted))]
         for name in ("f1", "accuracy_error", "accuracy_correct"):
-            one = lambda idx, p=predicted, y=labels[subset], name=name: first_error_f1([p[i] for i in idx], [y[i] for i in idx])[name]
-            lines.append(record(f"processbench/{subset}", name, _bootstrap_groups(groups, one, config.seed), len(predicted), config.seed))
+            one = lambda idx, p=predicted, y=labels[subset], name=name: first_error_f1(
+                [p[i] for i in idx], [y[i] for i in idx]
+            )[name]
+            lines.append(
+                record(
+                    f"processbench/{subset}",
+                    name,
+                    _bootstrap_groups(groups, one, config.seed),
+                    len(predicted),
+                    config.seed,
+                )
+            )
         flat = [v for s, y in zip(scores[subset], labels[subset], strict=True) for v in s[: y + 1 if y >= 0 else None]]
-        good = [k != y for s, y in zip(scores[subset], labels[subset], strict=True) for k in range(len(s[: y + 1 if y >= 0 else None]))]
+        good = [
+            k != y
+            for s, y in zip(scores[subset], labels[subset], strict=True)
+            for k in range(len(s[: y + 1 if y >= 0 else None]))
+        ]
         lines.append(record(f"processbench/{subset}", "step_auroc", auroc(flat, good), len(flat), config.seed))
         values.append(lines[-4]["value"])
     lines.append(record("processbench/mean", "f1", sum(values) / len(values), len(values), config.seed))
@@ -416,7 +462,16 @@ def make_report(config: stages.Report, out: Path) -> None:
     costs = {}
     for path in sorted(run.glob("*/rows.json")):
         costs[path.parent.name] = read_json(path)["ledger"]
-    write_run_report(run / "report.html", config.title, config.command or manifest.get("command", ""), manifest, records, curves, costs, details)
+    write_run_report(
+        run / "report.html",
+        config.title,
+        config.command or manifest.get("command", ""),
+        manifest,
+        records,
+        curves,
+        costs,
+        details,
+    )
     print(format_table(records))
     print(f"\nresults: {run / RESULTS}\nreport:  {run / 'report.html'}")
 

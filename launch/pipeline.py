@@ -51,7 +51,10 @@ def run_recipe(recipe: Mapping[str, Any], out: Path, where: str) -> None:
             print(f"{head}: already there, inputs unchanged", flush=True)
             continue
         if folder.exists() and not _is(folder / STARTED, mark):
-            print(f"{head}: its inputs or settings changed; what was there is kept in {_set_aside(folder).name}", flush=True)
+            print(
+                f"{head}: its inputs or settings changed; what was there is kept in {_set_aside(folder).name}",
+                flush=True,
+            )
         make_folder(folder)
         write_json(folder / STARTED, {"fingerprint": mark})
         print(f"{head} ({kind})", flush=True)

@@ -1,20 +1,26 @@
-"""report.html: one self-contained file with the tables, the plots, and solutions to browse."""
+"""report.html: one self-contained file with the tables, the plots, and solutions to browse.
+
+A page is a list of (heading, HTML) sections. Each `..._section` function below makes the HTML of one from plain data, and
+gives "" where there is nothing to show, which leaves the section out; a page of another kind brings functions of its own.
+"""
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..basics import write_atomic
-from .tables import answer_rows, find, gain_rows, other_rows, policy_arms
+import yaml
 
-# Okabe and Ito's palette: told apart with any colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+from ..basics import write_atomic
+from . import charts
+from .tables import DIFFERENCE, Answers, Record, other_name, other_pairs, short, show
+
+SHOWN_METRICS = ("loss", "accuracy", "token_accuracy")  # of metrics.jsonl; each beside its eval_ twin
 
 
 def write_run_report(
@@ -22,7 +28,7 @@ def write_run_report(
     title: str,
     command: str,
     manifest: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     costs: Mapping[str, Mapping[str, float]],
     details: Mapping[str, Any],
@@ -32,189 +38,333 @@ def write_run_report(
     `curves` are the metrics.jsonl of training stages, `costs` the ledgers of the stages that made rows, `details` what the
     evaluation stages kept to be shown (`solutions`, `calibration`).
     """
-    seed = (manifest.get("config") or {}).get("seed", "")
-    intro = f"<p>Made by <code>{_text(command)}</code>, seed {_text(seed)}, stepladder {_text(manifest.get('stepladder', ''))}.</p>"
     sections = [
-        ("Results", intro + results_section(records)),
-        ("Training", curves_section(curves)),
+        ("Results", results_section(records)),
         ("Step scores", calibration_section(details.get("calibration"))),
-        ("Cost by stage", costs_section(costs)),
         ("Solutions", solutions_section(details.get("solutions") or [])),
-        ("Versions", _table([["package", "version"], *([k, str(v)] for k, v in (manifest.get("versions") or {}).items())])),
+        ("Training", curves_section(curves)),
+        ("Cost by stage", costs_section(costs)),
+        ("How it was made", provenance_section(manifest)),
     ]
-    write_report(path, title, [(name, body) for name, body in sections if body])
+    write_report(path, title, sections, intro=f"<p>Made by <code>{_text(command)}</code></p>" if command else "")
 
 
-def write_report(path: str | Path, title: str, sections: Sequence[tuple[str, str]]) -> None:
-    """Writes a page of (heading, HTML) sections; it asks nothing of the network."""
-    here = Path(__file__).parent
-    page = (here / "report.html").read_text(encoding="utf-8")
-    links = "".join(f'<a href="#s{i}">{_text(name)}</a>' for i, (name, _) in enumerate(sections))
-    body = "".join(f'<section id="s{i}"><h2>{_text(name)}</h2>{part}</section>' for i, (name, part) in enumerate(sections))
-    for mark, value in (("{{title}}", _text(title)), ("{{links}}", links), ("{{body}}", body)):
-        page = page.replace(mark, value)
-    write_atomic(path, page)
+def write_report(path: str | Path, title: str, sections: Sequence[tuple[str, str]], intro: str = "") -> None:
+    """Writes a page of (heading, HTML) sections under an introduction in HTML; it asks nothing of the network."""
+    kept = [(name, body) for name, body in sections if body]
+    # The number keeps two sections of one name apart.
+    ids = [f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{i}" for i, (name, _) in enumerate(kept, 1)]
+    links = "".join(f'<a href="#{i}">{_text(name)}</a>' for i, (name, _) in zip(ids, kept, strict=True))
+    body = "".join(
+        f'<section aria-labelledby="{i}"><h2 id="{i}">{_text(name)}</h2>{part}</section>'
+        for i, (name, part) in zip(ids, kept, strict=True)
+    )
+    page = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    parts = {"title": _text(title), "intro": intro, "links": links, "body": body}
+    # In one pass: a model may well write {{body}}.
+    page = re.sub(r"\{\{(title|intro|links|body)\}\}", lambda match: parts[match[1]], page)
+    # Model text may hold half a surrogate pair, which UTF-8 has no bytes for.
+    write_atomic(path, page.encode("utf-8", "replace"))
 
 
-def results_section(records: Sequence[Mapping[str, Any]]) -> str:
+# --- results -----------------------------------------------------------------------------------------------------------
+
+
+def results_section(records: Sequence[Record]) -> str:
     """The tables, the accuracy of every arm with its interval, and accuracy over generated tokens."""
-    parts = []
-    for rows, caption in (
-        (answer_rows(records), "Accuracy with 95 % intervals, bootstrapped over problems; differences are paired."),
-        (gain_rows(records), "What the later policies gain, arm by arm, on the same problems."),
-        (other_rows(records), "Everything else that was measured; closed forms hold for a policy that errs uniformly."),
-    ):
-        if len(rows) > 1:
-            parts.append(_table(rows, caption))
-    policies, arms = policy_arms(records)
-    if policies:
-        parts.append(_figure(_plot_arms(records, policies, arms), "Accuracy of each arm with its 95 % interval"))
-        parts.append(_figure(_plot_cost(records, policies, arms), "Accuracy over generated tokens"))
+    answers = Answers(records)
+    return "".join([_answers_plots(answers), _answers_table(answers), _others_table(records)])
+
+
+def _answers_table(answers: Answers) -> str:
+    if not answers.rows:
+        return ""
+    policies, differences = answers.policies, answers.differences
+    groups = [("accuracy, %", policies)]
+    if differences:
+        groups.append(("difference, points", [f"{p} - {metric.removeprefix(DIFFERENCE)}" for p, metric in differences]))
+    groups += [(name, policies) for name in ("generated tokens", "FLOPs", "seconds")]
+    rows = []
+    for row in answers.rows:
+        cells = [_cell(answers.find(p, row)) for p in policies]
+        cells += [_cell(answers.find(p, row, metric), difference=True) for p, metric in differences]
+        paid = [answers.cost(p, row) for p in policies]
+        cells += [f"{r['tokens']:,}" if r else "-" for r in paid]
+        cells += [short(r["flops"]) if r else "-" for r in paid]
+        cells += [f"{r['seconds']:,.1f}" if r else "-" for r in paid]
+        rows.append([_text(answers.label(row)), *cells])
+    found = [answers.cost(p, row) for p in policies for row in answers.rows]
+    counts = sorted({r["n"] for r in found if r})
+    caption = (
+        f"{' or '.join(f'{n:,}' for n in counts)} problems. Small: 95 % intervals, bootstrapped over problems; differences are "
+        "paired, and bold where the interval leaves out 0. pass@N asks whether any of N samples is right: no way to choose "
+        "can exceed it. FLOPs are 2 x parameters x tokens, forward, of the policy and of the reward model that chose."
+    )
+    return _table("How well each policy answers", groups, rows, caption)
+
+
+def _others_table(records: Sequence[Record]) -> str:
+    rows = []
+    for measured, closed in other_pairs(records):
+        record = measured or closed
+        assert record is not None
+        cells = [_cell(measured), _cell(closed) if closed else "", f"{record['n']:,}" if record["n"] else ""]
+        costs = [
+            short(record["flops"]) if record["flops"] else "",
+            f"{record['seconds']:,.1f}" if record["seconds"] else "",
+        ]
+        measure, of = other_name(record, records)
+        rows.append([_text(f"{of}: {measure}"), *cells, *costs])
+    if not rows:
+        return ""
+    caption = "A closed form is what the measured value would be for a policy that errs uniformly."
+    heads = ["measured", "closed form", "n", "FLOPs", "seconds"]
+    return _table("Reward models and labels", [("", heads)], rows, caption)
+
+
+def _cell(record: Record | None, difference: bool = False) -> str:
+    value, _, interval = show(record).partition(" ")
+    small = f"<small>{interval}</small>" if interval else ""
+    if difference and record and record["ci"] and not record["ci"][0] <= 0 <= record["ci"][1]:
+        value = f"<b>{value}</b>"
+    return value + small
+
+
+def _answers_plots(answers: Answers) -> str:
+    rows, points = [], {}
+    for row in answers.rows:
+        found = [answers.find(p, row) for p in answers.policies]
+        rows.append((answers.label(row), [_interval(r) if r else None for r in found]))
+    for policy in answers.policies:
+        values = []
+        for row in answers.rows:
+            record = answers.find(policy, row)
+            drawn = _interval(record) if record and record["tokens"] > 0 else None
+            if record and drawn:
+                values.append((answers.label(row), float(record["tokens"]), drawn[0]))
+        if values:
+            points[policy] = values
+    if not any(any(values) for _, values in rows):
+        return ""
+    parts = [
+        _figure(
+            "Accuracy of each arm",
+            charts.interval_chart(rows, answers.policies, "accuracy, %"),
+            "Bars: 95 % intervals.",
+        )
+    ]
+    heights = [value for drawn in points.values() for _, _, value in drawn]
+    if heights:
+        y = (max(0.0, min(heights) - 5), min(102.0, max(heights) + 5))
+        panels = "".join(
+            f"<div><h4>{_text(p)}</h4>{charts.cost_chart(points[p], s, y, ('generated tokens', 'accuracy, %'))}</div>"
+            for s, p in enumerate(answers.policies)
+            if p in points
+        )
+        parts.append(
+            _figure(
+                "Accuracy over what it cost", f'<div class="panels">{panels}</div>', "The cost axis is logarithmic."
+            )
+        )
     return "".join(parts)
 
 
+def _interval(record: Record) -> charts.Interval | None:
+    """(value, low, high) in percent, the interval no wider than the value if there is none; None if undefined."""
+    if record["value"] is None or not math.isfinite(record["value"]):
+        return None
+    low, high = record["ci"] or (record["value"], record["value"])
+    return 100 * record["value"], 100 * low, 100 * high
+
+
+# --- training and step scores ------------------------------------------------------------------------------------------
+
+
 def curves_section(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Training loss of each stage over its optimiser steps."""
-    drawn = {name: [(p["step"], p["loss"]) for p in points if "loss" in p] for name, points in curves.items()}
-    drawn = {name: points for name, points in drawn.items() if points}
-    if not drawn:
+    """Loss and accuracy of each training stage over its optimiser steps, one small plot each."""
+    panels, lost, evaluated = [], 0, False
+    for stage, lines in curves.items():
+        for metric in SHOWN_METRICS:
+            drawn = {}
+            for name in (metric, f"eval_{metric}"):
+                points = [(p["step"], p[name]) for p in lines if isinstance(p.get(name), (int, float)) and "step" in p]
+                kept = [p for p in points if math.isfinite(p[1])]
+                lost += len(points) - len(kept)
+                if kept:
+                    drawn[name] = kept
+            if drawn:
+                chart = charts.line_chart(drawn, "optimiser step", metric.replace("_", " "))
+                panels.append(f"<div><h4>{_text(stage)}</h4>{chart}</div>")
+                evaluated |= len(drawn) > 1
+    if not panels and not lost:
         return ""
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, len(drawn), figsize=(3.4 * len(drawn), 2.6), squeeze=False)
-    for axis, (name, points), colour in zip(axes[0], drawn.items(), COLOURS * len(drawn), strict=False):
-        axis.plot(*zip(*points, strict=True), color=colour)
-        axis.set(title=name, xlabel="optimiser step", ylabel="loss, nats")
-        axis.set_ylim(bottom=0)
-    return _figure(_png(figure), f"Training loss of {', '.join(drawn)}")
+    words = "The number is the last value. A loss is in nats where it is a cross-entropy."
+    if lost:
+        words += f" {lost} values are not finite and were left out."
+    names = charts.legend(["training", "evaluation"]) if evaluated else ""
+    return _figure("", f'{names}<div class="panels small">{"".join(panels)}</div>', words)
 
 
 def calibration_section(data: Mapping[str, Sequence[Any]] | None) -> str:
-    """Reliability of step scores, and their histogram for steps on and off the track."""
-    if not data or not data["scores"]:
+    """Reliability of step scores, and their histogram for right and wrong steps: `scores` and `right`, step by step."""
+    found = [(s, bool(r)) for s, r in zip(data["scores"], data["right"], strict=True) if r is not None] if data else []
+    pairs = [(min(max(s, 0.0), 1.0), r) for s, r in found if s is not None and math.isfinite(s)]
+    if not pairs:
         return ""
-    scores, right = data["scores"], data["right"]
-    plt = _pyplot()
-    figure, (left, axis) = plt.subplots(1, 2, figsize=(8.4, 3.2))
-    bins: list[list[bool]] = [[] for _ in range(10)]
-    for score, good in zip(scores, right, strict=True):
-        bins[min(int(score * 10), 9)].append(good)
-    middle = [(i + 0.5) / 10 for i in range(10) if bins[i]]
-    left.plot([0, 1], [0, 1], color="#888888", linewidth=1, linestyle="--")
-    left.plot(middle, [sum(b) / len(b) for b in bins if b], marker="o", color=COLOURS[0])
-    left.set(xlabel="step score", ylabel="share of steps on track", title="reliability", xlim=(0, 1), ylim=(0, 1))
-    edges = [i / 20 for i in range(21)]
-    for name, wanted, colour in (("on track", True, COLOURS[0]), ("off track", False, COLOURS[1])):
-        axis.hist([s for s, g in zip(scores, right, strict=True) if g is wanted], bins=edges, alpha=0.65, color=colour, label=name)
-    axis.set(xlabel="step score", ylabel="steps", title="step scores of held-out solutions")
-    axis.legend(frameon=False)
-    return _figure(_png(figure), "Reliability and histogram of the process reward model's step scores")
+    bins: list[list[tuple[float, bool]]] = [[] for _ in range(10)]
+    bars = {True: [0] * 20, False: [0] * 20}
+    for score, right in pairs:
+        bins[min(int(score * 10), 9)].append((score, right))
+        bars[right][min(int(score * 20), 19)] += 1
+    reliability = [(sum(s for s, _ in b) / len(b), wilson(sum(r for _, r in b), len(b))) for b in bins if b]
+    shares = {right: [100 * count / max(1, sum(counts)) for count in counts] for right, counts in bars.items()}
+    names = (f"right steps, {sum(bars[True]):,}", f"wrong steps, {sum(bars[False]):,}")
+    left = charts.reliability_chart(reliability, ("step score", "share of steps that are right"))
+    histogram = charts.mirror_chart(
+        shares[True], shares[False], names, ("step score", "% of the right, and of the wrong")
+    )
+    panels = f"<div><h4>Is a score a probability?</h4>{left}</div><div><h4>Do scores part right from wrong?</h4>{histogram}</div>"
+    words = (
+        f"{len(pairs):,} steps of held-out solutions; right and wrong after the exact checker. On the dashed line a score "
+        "is the share of right steps it foretells; bars are 95 % Wilson intervals, which take steps as independent."
+    )
+    if len(pairs) < len(data["scores"] if data else []):
+        words += f" {len(data['scores'] if data else []) - len(pairs):,} steps have no score or no verdict."
+    return _figure("", f'<div class="panels">{panels}</div>', words)
+
+
+def wilson(right: int, n: int) -> charts.Interval:
+    """(share, low, high) of a 95 % Wilson score interval."""
+    z, share = 1.959964, right / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return share, max(0.0, middle - half), min(1.0, middle + half)
+
+
+# --- cost and provenance -----------------------------------------------------------------------------------------------
 
 
 def costs_section(costs: Mapping[str, Mapping[str, float]]) -> str:
-    """What each stage that made rows cost."""
+    """What each stage that made rows cost, and the sum."""
     if not costs:
         return ""
-    rows = [["stage", "generated tokens", "prefilled tokens", "reward-model tokens", "samples", "FLOPs", "seconds"]]
-    for name, c in costs.items():
-        counts = [f"{c[k]:,.0f}" for k in ("generated_tokens", "prefilled_tokens", "reward_tokens", "policy_calls")]
-        rows.append([name, *counts, f"{c['flops']:.3g}", f"{c['seconds']:,.1f}"])
-    return _table(rows, "FLOPs are 2 x parameters x tokens, forward.")
+    columns = {
+        "generated_tokens": "generated tokens",
+        "prefilled_tokens": "prefilled tokens",
+        "reward_tokens": "reward-model tokens",
+        "policy_calls": "samples",
+        "flops": "FLOPs",
+        "seconds": "seconds",
+    }
+    total = {key: sum(cost.get(key, 0) for cost in costs.values()) for key in columns}
+    rows = []
+    for name, cost in [*costs.items(), ("together", total)]:
+        counts = [f"{cost.get(key, 0):,.0f}" for key in list(columns)[:4]]
+        rows.append([_text(name), *counts, short(cost.get("flops", 0)), f"{cost.get('seconds', 0):,.1f}"])
+    caption = "FLOPs are 2 x parameters x tokens, forward; a prefix that samples share is prefilled once."
+    return _table("", [("", list(columns.values()))], rows, caption)
+
+
+def provenance_section(manifest: Mapping[str, Any]) -> str:
+    """Versions, seed and machine as a table, nested fields named by their path; a `config` as YAML that can be opened."""
+    flat: list[list[str]] = []
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                add(f"{name}: {key}" if name else str(key), inner)
+        else:
+            flat.append([_text(name), _text(value)])
+
+    config = manifest.get("config")
+    if isinstance(config, Mapping) and "seed" in config:
+        add("seed", config["seed"])
+    add("", {key: value for key, value in manifest.items() if key not in ("config", "command")})
+    parts = [_table("", [("", ["value"])], flat)] if flat else []
+    if config:
+        text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False, allow_unicode=True)
+        parts.append(f"<details><summary>The recipe</summary><pre>{_text(text)}</pre></details>")
+    return "".join(parts)
+
+
+# --- solutions ---------------------------------------------------------------------------------------------------------
 
 
 def solutions_section(solutions: Sequence[Mapping[str, Any]]) -> str:
-    """Solutions that some arm chose, problem by problem, with the score of each step, right and wrong marked."""
+    """Solutions that some arm chose, problem by problem, with the score of each step, right and wrong marked.
+
+    A solution is {problem_id, prompt, gold, policy, steps, scores, step_right, answer, outcome, selected_by}. It travels
+    as JSON, and the page's script writes it as text, never as HTML.
+    """
     if not solutions:
         return ""
-    # Inside a script element only "</" could end it early: every "<" is written as an escape.
-    data = json.dumps(list(solutions), ensure_ascii=False).replace("<", "\\u003c")
+    # JSON has no NaN, and only "<" could end the script element early; ASCII keeps half surrogate pairs whole.
+    data = json.dumps(_finite(solutions), separators=(",", ":")).replace("<", "\\u003c")
+    exact = any(right is not None for s in solutions for right in s["step_right"])
+    marks = (
+        "✓ and ✗ are the exact checker's verdict on the step. "
+        if exact
+        else "This task has no exact checker of steps. "
+    )
     return (
         '<div class="browse"><div class="controls">'
-        '<label>Show <select id="filter"><option value="all">all problems</option>'
-        '<option value="disagree">problems where arms disagree</option>'
-        '<option value="right">problems that some arm solves</option>'
-        '<option value="wrong">problems that no arm solves</option></select></label>'
-        '<label>Problem <select id="problem"></select></label>'
-        '<button id="previous" type="button">previous</button><button id="next" type="button">next</button></div>'
-        '<p class="hint">A bar and a number are the process reward model\'s score of a step; ✓ and ✗ are the exact checker\'s '
-        "verdict where the task has one.</p>"
-        '<div id="prompt" class="prompt"></div><div id="cards" class="cards" aria-live="polite"></div></div>'
-        f'<script type="application/json" id="solutions">{data}</script>'
+        '<label>Show <select class="filter">'
+        '<option value="all">all problems</option>'
+        '<option value="disagree">arms disagree: some right, some not</option>'
+        '<option value="right">some arm is right</option>'
+        '<option value="wrong">no arm is right</option></select></label>'
+        '<label>Problem <select class="problem"></select></label>'
+        '<span class="pair"><button class="previous" type="button">← previous</button> '
+        '<button class="next" type="button">next →</button></span>'
+        '<span class="status" role="status"></span></div>'
+        f'<p class="hint">Bar and number: the process reward model\'s score of the step. {marks}'
+        "Every solution here was chosen by the arms it names.</p>"
+        '<div class="prompt"></div><div class="cards"></div>'
+        "<noscript><p>The solutions need JavaScript; they are in this file as JSON.</p></noscript>"
+        f'<script type="application/json" class="solutions">{data}</script></div>'
     )
 
 
-def _plot_arms(records: Sequence[Mapping[str, Any]], policies: Sequence[str], arms: Sequence[str]) -> str:
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(8.4, 0.42 * len(arms) + 1.1))
-    height = 0.8 / len(policies)
-    for p, (policy, colour) in enumerate(zip(policies, COLOURS * len(policies), strict=False)):
-        for a, arm in enumerate(arms):
-            line = find(records, f"{policy}/{arm}", "accuracy")
-            if line is None or not line["ci"]:
-                continue
-            y, value, (low, high) = a + (p - (len(policies) - 1) / 2) * height, 100 * line["value"], line["ci"]
-            axis.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-            axis.plot([value], [y], marker="o", color=colour, label=policy if a == 0 else None, linestyle="none")
-    axis.set_yticks(range(len(arms)), arms)
-    axis.invert_yaxis()
-    axis.set(xlabel="accuracy, %", xlim=(0, 102))
-    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axis.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(policies))
-    return _png(figure)
+def _finite(value: Any) -> Any:
+    """The value with null for every number that JSON cannot write."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _plot_cost(records: Sequence[Mapping[str, Any]], policies: Sequence[str], arms: Sequence[str]) -> str:
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, len(policies), figsize=(4.2 * len(policies), 3.6), sharey=True, squeeze=False)
-    for axis, policy, colour in zip(axes[0], policies, COLOURS * len(policies), strict=False):
-        points = [(arm, line) for arm in arms if (line := find(records, f"{policy}/{arm}", "accuracy")) and line["tokens"]]
-        # Many arms share one pool of samples: labels of one cost stand below each other, highest first.
-        points.sort(key=lambda point: -point[1]["value"])
-        last: dict[int, float] = {}
-        for arm, line in points:
-            column, value = round(line["tokens"] / 1e4), 100 * line["value"]
-            y = min(value, last.get(column, 1e9) - 3.4)
-            last[column] = y
-            axis.plot(line["tokens"], value, marker="o", color=colour)
-            axis.annotate(arm, (line["tokens"], value), (line["tokens"] * 1.12, y), fontsize=7, va="center")
-        axis.set(title=policy, xlabel="generated tokens", xscale="log")
-        costs = [line["tokens"] for _, line in points]
-        if costs:
-            axis.set_xlim(min(costs) / 1.6, max(costs) * 9)
-    axes[0][0].set_ylabel("accuracy, %")
-    return _png(figure)
+# --- pieces ------------------------------------------------------------------------------------------------------------
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
-    return plt
+def _figure(title: str, body: str, words: str) -> str:
+    head = f"<h3>{_text(title)}</h3>" if title else ""
+    return f"<figure>{head}{body}<figcaption>{_text(words)}</figcaption></figure>"
 
 
-def _png(figure: Any) -> str:
-    import matplotlib.pyplot as plt
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", facecolor="white", metadata={"Software": None})
-    plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _figure(png: str, words: str) -> str:
-    return f'<figure><img src="data:image/png;base64,{png}" alt="{_text(words)}"><figcaption>{_text(words)}</figcaption></figure>'
-
-
-def _table(rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    head, *body = rows
-    cells = "".join(f'<th scope="col">{_text(c)}</th>' for c in head)
+def _table(
+    title: str, groups: Sequence[tuple[str, Sequence[str]]], rows: Sequence[Sequence[str]], caption: str = ""
+) -> str:
+    """A table of HTML cells whose first is the row's head; columns come in named groups."""
+    names = [name for _, columns in groups for name in columns]
+    starts = {sum(len(columns) for _, columns in groups[:g]) for g in range(len(groups))} - {0}
+    mark = lambda i: ' class="start"' if i in starts else ""
+    above = ""
+    if any(group for group, _ in groups):
+        tops = "".join(f'<th class="start" scope="colgroup" colspan="{len(c)}">{_text(g)}</th>' for g, c in groups)
+        above = f"<tr><td></td>{tops}</tr>"
+    heads = "".join(f'<th scope="col"{mark(i)}>{_text(name)}</th>' for i, name in enumerate(names))
     lines = "".join(
-        f'<tr><th scope="row">{_text(row[0])}</th>' + "".join(f"<td>{_text(c)}</td>" for c in row[1:]) + "</tr>" for row in body
+        f'<tr><th scope="row">{row[0]}</th>'
+        + "".join(f"<td{mark(i)}>{cell}</td>" for i, cell in enumerate(row[1:]))
+        + "</tr>"
+        for row in rows
     )
-    words = f"<caption>{_text(caption)}</caption>" if caption else ""
-    return f'<div class="wide"><table>{words}<thead><tr>{cells}</tr></thead><tbody>{lines}</tbody></table></div>'
+    words = f'<p class="hint">{_text(caption)}</p>' if caption else ""
+    head = f"<h3>{_text(title)}</h3>" if title else ""
+    # Whoever has no mouse scrolls a wide table with the keyboard, so it must take the focus.
+    region = f'<div class="wide" tabindex="0" role="region" aria-label="{_text(title or "table")}">'
+    return f"{head}{region}<table><thead>{above}<tr><td></td>{heads}</tr></thead><tbody>{lines}</tbody></table></div>{words}"
 
 
 def _text(value: Any) -> str:

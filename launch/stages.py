@@ -125,7 +125,9 @@ class Beam(WithPolicy):
 class EvaluatePolicies:
     """Compares ways to choose an answer, for one or more policies, with paired intervals (results.json)."""
 
-    policies: dict[str, dict[str, str]] = option({}, "name -> {greedy, samples, beam}: Solution rows of the same problems")
+    policies: dict[str, dict[str, str]] = option(
+        {}, "name -> {greedy, samples, beam}: Solution rows of the same problems"
+    )
     orm: str = option("", "outcome reward model")
     prm: str = option("", "process reward model")
     dtype: str = option("float32", "precision of the reward models")

@@ -1,85 +1,163 @@
-"""The results of a run as a table for a terminal."""
+"""The results of a run as a table for a terminal, and what the report's tables share with it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+Record = Mapping[str, Any]
+Row = tuple[str, int, int]
+
 # Metrics that are shares and read best in percent.
 PERCENT = ("accuracy", "label_", "step_error_rate")
+DIFFERENCE = "accuracy_minus_"
+CLOSED_FORM = "_closed_form"
+WIDTH = 100
 
 
-def show(line: Mapping[str, Any] | None) -> str:
-    """One value with its interval: shares in percent, everything else with three digits; "-" for what is missing."""
-    if line is None or line["value"] is None:
+def show(record: Record | None) -> str:
+    """One value with its interval, "48.2 [44.0, 52.4]": shares in percent, everything else with three digits.
+
+    "-" where there is no record, "undefined" where there is one whose value could not be computed.
+    """
+    if record is None:
         return "-"
-    scale, digits = (100.0, 1) if line["metric"].startswith(PERCENT) else (1.0, 3)
-    text = f"{line['value'] * scale:.{digits}f}"
-    if line["ci"]:
-        text += f" [{line['ci'][0] * scale:.{digits}f}, {line['ci'][1] * scale:.{digits}f}]"
-    return text
+    if record["value"] is None:
+        return "undefined"
+    scale, digits = (100.0, 1) if in_percent(record) else (1.0, 3)
+    # Adding 0.0 turns the "-0.0" of a difference that rounds to nothing into "0.0".
+    number = lambda value: f"{round(value * scale, digits) + 0.0:.{digits}f}"
+    interval = f" [{number(record['ci'][0])}, {number(record['ci'][1])}]" if record["ci"] else ""
+    return number(record["value"]) + interval
 
 
-def policy_arms(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
-    """(policies, arms) in the order in which they first appear among the records."""
-    names = [r["arm"].split("/", 1) for r in records if r["metric"] == "accuracy" and "/" in r["arm"]]
-    return list(dict.fromkeys(n[0] for n in names)), list(dict.fromkeys(n[1] for n in names))
+def in_percent(record: Record) -> bool:
+    """Whether `show` writes the record in percent."""
+    return record["metric"].startswith(PERCENT)
 
 
-def find(records: Sequence[Mapping[str, Any]], arm: str, metric: str) -> Mapping[str, Any] | None:
-    """The record of an arm and a metric; None if there is none."""
-    return next((r for r in records if r["arm"] == arm and r["metric"] == metric), None)
+def short(count: float) -> str:
+    """A count with three digits and a unit: 319046 is "319k"."""
+    for size, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        # 999.5 of a unit would read "1e+03".
+        if count >= 0.9995 * size:
+            scaled = count / size
+            return f"{scaled:.{0 if scaled >= 99.95 else 1 if scaled >= 9.995 else 2}f}{unit}"
+    return f"{count:.0f}"
 
 
-def answer_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Header and rows: an arm, its accuracy for each policy, its difference from majority vote, its generated tokens."""
-    policies, arms = policy_arms(records)
-    rows = [["accuracy, %", *policies, *(f"{p} - majority" for p in policies), "tokens"]]
-    for arm in arms:
-        found = [find(records, f"{p}/{arm}", "accuracy") for p in policies]
-        minus = [find(records, f"{p}/{arm}", "accuracy_minus_majority") for p in policies]
-        tokens = " / ".join(_short(f["tokens"]) if f else "-" for f in found)
-        rows.append([arm, *map(show, found), *map(show, minus), tokens])
-    return rows
+class Answers:
+    """The records that tell how well policies answer, arm by arm: `policies` side by side, one of `rows` for each arm.
+
+    A row is (arm, seed, time): `time` counts records of one name, which come of joining two evaluations. `differences`
+    are (policy, metric) of the differences that were measured, gains over another policy before those over another arm.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._found: dict[tuple[str, Row, str], Record] = {}
+        for record in filter(is_answer, records):
+            policy, arm = record["arm"].split("/", 1)
+            time = 0
+            while (key := (policy, (arm, record["seed"], time), record["metric"])) in self._found:
+                time += 1
+            self._found[key] = record
+        self.policies = list(dict.fromkeys(policy for policy, _, _ in self._found))
+        self.rows = list(dict.fromkeys(row for _, row, _ in self._found))
+        metrics = list(dict.fromkeys(metric for _, _, metric in self._found if metric.startswith(DIFFERENCE)))
+        metrics.sort(key=lambda metric: metric.removeprefix(DIFFERENCE) not in self.policies)
+        pairs = {(policy, metric) for policy, _, metric in self._found}
+        self.differences = [(p, metric) for metric in metrics for p in self.policies if (p, metric) in pairs]
+
+    def label(self, row: Row) -> str:
+        """The arm's name; with its seed if the records have several, and numbered if the name came before."""
+        arm, seed, time = row
+        many = len({s for _, s, _ in self.rows}) > 1
+        return arm + (f", seed {seed}" if many else "") + (f" ({time + 1})" if time else "")
+
+    def find(self, policy: str, row: Row, metric: str = "accuracy") -> Record | None:
+        """The record of a policy in a row; None if there is none."""
+        return self._found.get((policy, row, metric))
+
+    def cost(self, policy: str, row: Row) -> Record | None:
+        """A record of a policy in a row, whatever its metric, for what it cost; None if there is none."""
+        return next((r for (p, at, _), r in self._found.items() if (p, at) == (policy, row)), None)
 
 
-def gain_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Header and rows: what each later policy gains over the first, arm by arm; empty with one policy."""
-    policies, arms = policy_arms(records)
-    if len(policies) < 2:
-        return []
-    metric = f"accuracy_minus_{policies[0]}"
-    rows = [["accuracy, points", *(f"{p} - {policies[0]}" for p in policies[1:])]]
-    return rows + [[arm, *(show(find(records, f"{p}/{arm}", metric)) for p in policies[1:])] for arm in arms]
+def is_answer(record: Record) -> bool:
+    """Whether a record tells how well a policy answers: an arm such as base/greedy, and an accuracy or a difference."""
+    metric = record["metric"]
+    return "/" in record["arm"] and (metric == "accuracy" or metric.startswith(DIFFERENCE))
 
 
-def other_rows(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Header and rows of everything that is not a policy's accuracy; a closed form stands beside what was measured."""
-    rows = [["measure", "of", "value", "closed form", "n"]]
-    for line in records:
-        if line["metric"].startswith("accuracy") and "/" in line["arm"] and not line["arm"].startswith("processbench"):
-            continue
-        if line["metric"].endswith("_closed_form"):
-            continue
-        closed = find(records, line["arm"], f"{line['metric']}_closed_form")
-        rows.append([line["metric"], line["arm"], show(line), show(closed) if closed else "", str(line["n"])])
-    return rows if len(rows) > 1 else []
+def other_pairs(records: Sequence[Record]) -> list[tuple[Record | None, Record | None]]:
+    """(measured, closed form) of everything that is no policy's accuracy; None where one of the two was not given."""
+    others = [r for r in records if not is_answer(r)]
+    key = lambda r: (r["arm"], r["metric"].removesuffix(CLOSED_FORM), r["seed"])
+    closed = {key(r): r for r in others if r["metric"].endswith(CLOSED_FORM)}
+    pairs: list[tuple[Record | None, Record | None]] = []
+    for record in others:
+        if not record["metric"].endswith(CLOSED_FORM):
+            pairs.append((record, closed.pop(key(record), None)))
+    return pairs + [(None, record) for record in closed.values()]
 
 
-def format_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The aligned tables that a command prints."""
-    tables = [t for t in (answer_rows(records), gain_rows(records), other_rows(records)) if len(t) > 1]
-    return "\n\n".join(_align(table) for table in tables)
+def other_name(record: Record, records: Sequence[Record]) -> tuple[str, str]:
+    """(measure with its unit, of what) for a row that is no policy's accuracy; it names the seed if there are several."""
+    measure = record["metric"].removesuffix(CLOSED_FORM) + (", %" if in_percent(record) else "")
+    many = len({r["seed"] for r in records}) > 1
+    return measure, f"{record['arm']}, seed {record['seed']}" if many else record["arm"]
+
+
+def format_table(records: Sequence[Record]) -> str:
+    """The aligned tables that a command prints, for a terminal of 100 columns.
+
+    First accuracy in percent with its 95 % interval, policies side by side, and the cost in the same order; then
+    differences in points; then everything else, a closed form beside what was measured.
+    """
+    answers = Answers(records)
+    tables = []
+    if answers.rows:
+        rows = [["accuracy, %", *answers.policies, "tokens", "FLOPs"]]
+        for row in answers.rows:
+            paid = [answers.cost(p, row) for p in answers.policies]
+            costs = [" / ".join(short(r[name]) if r else "-" for r in paid) for name in ("tokens", "flops")]
+            rows.append([answers.label(row), *(show(answers.find(p, row)) for p in answers.policies), *costs])
+        tables.append(rows)
+    if answers.differences:
+        names = [f"{p} - {metric.removeprefix(DIFFERENCE)}" for p, metric in answers.differences]
+        rows = [["difference, points", *names]]
+        for row in answers.rows:
+            found = [answers.find(p, row, metric) for p, metric in answers.differences]
+            if any(found):
+                rows.append([answers.label(row), *map(show, found)])
+        tables.append(rows)
+    if pairs := other_pairs(records):
+        rows = [["measure", "of", "measured", "closed form", "n"]]
+        for measured, closed in pairs:
+            record = measured or closed
+            assert record is not None
+            cells = [show(measured), show(closed) if closed else "", str(record["n"] or "")]
+            rows.append([*other_name(record, records), *cells])
+        tables.append(rows)
+    return "\n\n".join(_align(piece) for table in tables for piece in _fold(table))
+
+
+def _fold(rows: Sequence[Sequence[str]]) -> list[list[list[str]]]:
+    """The table in pieces that fit into WIDTH, each with the first column; a column that is too wide stands alone."""
+    widths = _widths(rows)
+    pieces: list[list[int]] = [[]]
+    for column in range(1, len(widths)):
+        if pieces[-1] and sum(widths[c] + 2 for c in [*pieces[-1], column]) + widths[0] > WIDTH:
+            pieces.append([])
+        pieces[-1].append(column)
+    return [[[row[0], *(row[c] for c in piece)] for row in rows] for piece in pieces]
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = _widths(rows)
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]])
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
 
 
-def _short(count: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return f"{count:.0f}"
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

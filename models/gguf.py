@@ -3,59 +3,108 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-from ..basics import UserError, make_folder
+from ..basics import UserError, make_folder, told_as_user_error
+
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def import_gguf(file: str, out: str, dtype: str = "bfloat16") -> None:
-    """Writes the model and tokenizer in a GGUF file to the folder `out`, as `from_pretrained` expects them.
+    """Writes the model and tokenizer in a GGUF file to the folder `out`, as `from_pretrained` expects them without gguf.
 
-    transformers dequantises the weights but cannot save a model that it knows as GGUF: they are copied into a new model of the
-    same configuration. The tokenizer keeps its chat template; a missing pad token becomes the end-of-sequence token. Raises
-    UserError for a missing or broken file and without the `gguf` package.
+    Weights are dequantised and rounded to `dtype`; what quantisation lost stays lost. transformers cannot save a model that it
+    knows as GGUF: the weights are copied into a new one of the same configuration. The tokenizer keeps its chat template, a
+    missing pad token becomes the end-of-sequence token, and the context length is written to it.
+
+    Raises UserError for a missing or broken file, an architecture that transformers cannot read, an unwritable folder, and
+    without the `gguf` package.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{file}: no such file")
-    with path.open("rb") as opened:
+    with told_as_user_error(f"read {file}"), path.open("rb") as opened:
         if opened.read(4) != b"GGUF":
-            raise UserError(f"{file}: not a GGUF file")
+            raise UserError(f"{file}: not a GGUF file (it does not begin with GGUF)")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, found {dtype!r}")
     if importlib.util.find_spec("gguf") is None:
         raise UserError("reading GGUF files needs the gguf package: pip install 'stepladder[gguf]'")
-    if dtype not in ("bfloat16", "float16", "float32"):
-        raise UserError(f"dtype must be bfloat16, float16 or float32, found {dtype!r}")
-    folder, name = str(path.parent), path.name
+    make_folder(out)  # before minutes of work
+    model, tokenizer = _read(path, dtype)
+    _save(model, tokenizer, Path(out))
+
+
+def _read(path: Path, dtype: str) -> tuple[Any, Any]:
+    """(model, tokenizer) that know nothing of GGUF any more."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-        loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=getattr(torch, dtype)
+        )
+    except Exception as error:
+        # A broken file makes its readers fail in any way (struct, numpy, tokenizers); all of them mean the same to the user.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file}: transformers cannot read this GGUF file ({line[:300]})") from error
+        raise UserError(f"{path}: transformers cannot read this GGUF file ({line[:300]})") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    config = _clean(loaded.config, tokenizer)
-    model = type(loaded)(config)
-    missing, unexpected = model.load_state_dict(loaded.state_dict(), strict=False)
-    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    if set(missing) - tied or unexpected:
-        raise UserError(f"{file}: weights do not fit {type(loaded).__name__}: missing {missing}, unexpected {unexpected}")
+    config = _plain_config(loaded.config, tokenizer)
+    tokenizer.model_max_length = config.max_position_embeddings
+    with torch.device("meta"):
+        model = type(loaded)(config)
+    # The tensors are handed over, not copied: a large model is in memory once.
+    missing, unexpected = model.load_state_dict(loaded.state_dict(), strict=False, assign=True)
+    if set(missing) - set(_tied(model)) or unexpected:
+        raise UserError(
+            f"{path}: weights do not fit {type(loaded).__name__}: missing {missing}, unexpected {unexpected}"
+        )
     model.tie_weights()
-    model = model.to(getattr(torch, dtype))
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
-    make_folder(out)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    return model, tokenizer
 
 
-def _clean(config: Any, tokenizer: Any) -> Any:
+def _plain_config(config: Any, tokenizer: Any) -> Any:
     """The configuration without what says that it came from a GGUF file, and with the tokenizer's special ids."""
-    values = {k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "_name_or_path", "dtype", "torch_dtype")}
-    values.update(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    import numpy as np
+
+    foreign = ("quantization_config", "_name_or_path", "_model_name_or_path", "dtype", "torch_dtype")
+    values = {k: v for k, v in config.to_dict().items() if k not in foreign}
+    # GGUF keeps numbers in single precision: 1e-05 comes out as 9.999999747378752e-06. The shortest decimal of the same
+    # single-precision number is what its author wrote.
+    values = {k: float(str(np.float32(v))) if isinstance(v, float) else v for k, v in values.items()}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        values[name] = getattr(tokenizer, name)
     return type(config)(**values)
+
+
+def _tied(model: Any) -> list[str]:
+    """Names of the weights that are copies of others, and not in the file."""
+    return ["lm_head.weight"] if model.config.tie_word_embeddings else []
+
+
+def _save(model: Any, tokenizer: Any, out: Path) -> None:
+    """Writes the checkpoint. config.json comes last: a folder left by a kill is never taken for a whole checkpoint."""
+    from safetensors import SafetensorError
+
+    unfinished = out / ".unfinished"
+    with told_as_user_error(f"write the checkpoint to {out}"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (out / "config.json").unlink(missing_ok=True)
+        try:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+        except SafetensorError as error:  # how a full disk shows itself
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise UserError(f"cannot write the checkpoint to {out}: {error}") from error
+        for part in sorted(unfinished.iterdir(), key=lambda p: p.name == "config.json"):
+            part.chmod(0o644)
+            os.replace(part, out / part.name)
+        unfinished.rmdir()

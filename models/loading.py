@@ -42,6 +42,7 @@ def load_model(
     read by heads of architectures whose configuration does not list it.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     if dtype not in DTYPES:
@@ -55,7 +56,7 @@ def load_model(
         return auto_class.from_pretrained(
             path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: no {auto_class.__name__} model could be loaded ({_first_line(error)})") from error
 
 

@@ -65,7 +65,9 @@ class RewardModel:
         self.cut_steps = 0  # steps that did not fit into the context and have no score of their own
 
     @classmethod
-    def load(cls, path: str, *, dtype: str = "float32", device: str = "auto", keep_prefixes: bool = False) -> RewardModel:
+    def load(
+        cls, path: str, *, dtype: str = "float32", device: str = "auto", keep_prefixes: bool = False
+    ) -> RewardModel:
         """The reward model in a checkpoint folder (or hub id) that has a step_format.json."""
         from transformers import AutoModelForTokenClassification
 
@@ -96,14 +98,18 @@ class RewardModel:
         for index, one in enumerate(solutions):
             ends = [one.root, *one.step_ends]
             fitting = [e for e in ends if e < self.context]
-            self.cut_steps += len(ends) - len(fitting)
+            self.cut_steps += sum(e >= self.context for e in one.step_ends)
             if not fitting:
                 results[index] = [0.0] * len(ends)
                 continue
             ids = one.ids[: fitting[-1] + 1]
             known, entry = self.cache.longest(ids, len(ids)) if self.cache is not None else (0, None)
+            # `extra` maps positions to scores: equal ids may be cut into other steps, whose ends were not read.
+            if entry is not None and not all(e in entry.extra for e in fitting if e < known):
+                known, entry = 0, None
             if entry is not None and known == len(ids):
-                results[index] = [*entry.extra, *[entry.extra[-1]] * (len(ends) - len(fitting))]
+                read = [entry.extra[e] for e in fitting]
+                results[index] = read + [read[-1]] * (len(ends) - len(read))
                 continue
             jobs.append((index, ids, fitting, len(ends), known, entry))
         jobs.sort(key=lambda job: (len(job[1]) - job[4], len(job[1]), job[0]))
@@ -119,7 +125,9 @@ class RewardModel:
                 jobs = jobs[size:]
         return results
 
-    def _score_batch(self, jobs: Sequence[tuple[int, tuple[int, ...], list[int], int, int, Any]], results: list[list[float]]) -> None:
+    def _score_batch(
+        self, jobs: Sequence[tuple[int, tuple[int, ...], list[int], int, int, Any]], results: list[list[float]]
+    ) -> None:
         past = stack_left_padded([entry for *_, entry in jobs])
         old = 0 if past is None else past.shape[3]
         new = max(len(ids) - known for _, ids, _, _, known, _ in jobs)
@@ -144,12 +152,13 @@ class RewardModel:
         scores = self._probability(logits.float()).cpu()
         self.ledger.add_reward(self.parameters, sum(len(ids) - known for _, ids, _, _, known, _ in jobs))
         for row, (index, ids, fitting, wanted, known, entry) in enumerate(jobs):
-            before = list(entry.extra) if entry is not None else []
-            read = before + [scores[row, e - known].item() for e in fitting[len(before) :]]
+            score_at = dict(entry.extra) if entry is not None else {}
+            score_at.update((e, scores[row, e - known].item()) for e in fitting if e >= known)
+            read = [score_at[e] for e in fitting]
             results[index] = read + [read[-1]] * (wanted - len(read))
             if self.cache is not None and cache is not None:
                 columns = mask[row].nonzero().squeeze(-1).to(device)
-                self.cache.put(ids, row_of(cache, row, columns), tuple(read))
+                self.cache.put(ids, row_of(cache, row, columns), score_at)
 
     def _probability(self, logits: torch.Tensor) -> torch.Tensor:
         if self.step_format.head == "scalar":

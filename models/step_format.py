@@ -75,7 +75,9 @@ class StepFormat:
     def __post_init__(self) -> None:
         if not self.separator_ids:
             raise ValueError("separator_ids is empty: without a separator token no step score can be read")
-        if "{prompt}" not in self.prompt_template:
+        if any(not isinstance(i, int) or isinstance(i, bool) for i in self.separator_ids):
+            raise ValueError(f"separator_ids must be token ids, found {self.separator_ids!r}")
+        if not isinstance(self.prompt_template, str) or "{prompt}" not in self.prompt_template:
             raise ValueError(f"prompt_template must contain {{prompt}}, found {self.prompt_template!r}")
         for value, kind, field in (
             (self.head, Head, "head"),
@@ -159,6 +161,8 @@ class StepFormat:
         if not isinstance(record, dict) or not set(record) <= known or "separator_ids" not in record:
             raise UserError(f"{path}: not a step format (fields {sorted(known)} are expected)")
         try:
+            if not isinstance(record["separator_ids"], list):
+                raise ValueError(f"separator_ids must be token ids, found {record['separator_ids']!r}")
             return cls(**{**record, "separator_ids": tuple(record["separator_ids"])})
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None

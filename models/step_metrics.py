@@ -38,8 +38,12 @@ def first_error_f1(predicted: Sequence[int], label: Sequence[int]) -> dict[str, 
 
 
 def expected_calibration_error(scores: Sequence[float], outcomes: Sequence[float], bins: int = 10) -> float:
-    """Mean over equal-width bins, weighted by their counts, of |mean score - mean outcome|."""
+    """Mean over equal-width bins, weighted by their counts, of |mean score - mean outcome|; NaN of nothing."""
+    if not len(scores):
+        return float("nan")
     s, y = np.asarray(scores, dtype=float), np.asarray(outcomes, dtype=float)
     index = np.minimum((s * bins).astype(int), bins - 1)
-    gaps = [abs(s[index == b].mean() - y[index == b].mean()) * (index == b).sum() for b in range(bins) if (index == b).any()]
+    gaps = [
+        abs(s[index == b].mean() - y[index == b].mean()) * (index == b).sum() for b in range(bins) if (index == b).any()
+    ]
     return float(sum(gaps) / len(s))

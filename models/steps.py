@@ -11,6 +11,7 @@ def cut_steps(tokenizer: Any, ids: Sequence[int], separator: str) -> tuple[tuple
 
     A step ends at the token whose text completes `separator`; white space behind it (blank lines) still belongs to it. Special
     tokens, such as the end of the sequence, belong to no step. A last step without a separator ends where the text ends.
+    Step texts hold no separator: a step format appends its ids again.
     """
     special = set(tokenizer.all_special_ids)
     ids = list(ids)
@@ -24,6 +25,7 @@ def cut_steps(tokenizer: Any, ids: Sequence[int], separator: str) -> tuple[tuple
         text += piece
         if separator in text or (separator.strip() == "" and not text.strip() and separator in piece):
             step = tokenizer.decode(ids[begin : position + 1], skip_special_tokens=True).strip()
+            step = step.removesuffix(separator.strip()).strip()
             if step:
                 steps.append(step)
                 ends.append(position + 1)
@@ -34,4 +36,6 @@ def cut_steps(tokenizer: Any, ids: Sequence[int], separator: str) -> tuple[tuple
     if rest:
         steps.append(rest)
         ends.append(len(ids))
+    elif ends:
+        ends[-1] = len(ids)
     return tuple(steps), tuple(ends)

@@ -59,8 +59,13 @@ class StepCheck:
 class Task(Protocol):
     """Problems by split, where steps end, and what is right. `verify` never raises and never hangs on model text."""
 
-    name: str
-    step_separator: str  # the text that ends a step in a policy's output, for example "\n"
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def step_separator(self) -> str:
+        """The text that ends a step in a policy's output, for example a line break."""
+        ...
 
     def problems(self, split: str) -> Sequence[Problem]: ...
 

@@ -54,6 +54,10 @@ class BrokenOff(Exception):
     """The call ended without a value: it raised, ran out of memory, or its process died."""
 
 
+class _Died(BrokenOff):
+    """The child ended by itself, which is not known to be the call's doing."""
+
+
 class Guard:
     """A function of this package that runs in a child process under limits: see `call`.
 
@@ -63,7 +67,10 @@ class Guard:
 
     def __init__(self, module: str, load: str, work: str):
         self._target = (module, load, work)
-        self._forget()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._setups: set[bytes] = set()  # pickles of what the child has loaded
+        self._replies: queue.Queue[bytes] = queue.Queue()
         _guards.add(self)
 
     def call(self, *args: Any, seconds: float, setup: Any = None) -> Any:
@@ -73,8 +80,13 @@ class Guard:
         child; what comes back is JSON, since the child has read text that nobody vouches for.
         """
         with self._lock:
-            self._start(setup)
-            return self._exchange((setup, args, seconds), 4 * seconds + 1)
+            try:
+                self._start(setup)
+                return self._exchange((setup, args, seconds), 4 * seconds + 1)
+            except _Died:
+                # It may have been killed from outside, between two calls; a call that makes it crash will do so again.
+                self._start(setup)
+                return self._exchange((setup, args, seconds), 4 * seconds + 1)
 
     def close(self) -> None:
         """Ends the child, if there is one, and waits for its end: no zombie stays behind."""
@@ -85,10 +97,9 @@ class Guard:
         with contextlib.suppress(OSError):
             process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
+        with contextlib.suppress(OSError):
+            if process.stdin is not None:
+                process.stdin.close()  # the other pipe is closed by the thread that reads it
 
     @property
     def pid(self) -> int | None:
@@ -99,8 +110,7 @@ class Guard:
         if self._process is not None and self._process.poll() is not None:
             self.close()
         if self._process is None:
-            module, load, work = self._target
-            source = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve({module!r}, {load!r}, {work!r})"
+            source = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve{self._target!r}"
             try:
                 self._process = subprocess.Popen(
                     [sys.executable, "-B", "-P", "-c", source],
@@ -121,7 +131,8 @@ class Guard:
 
     def _exchange(self, request: tuple[Any, Any, float], clock_seconds: float) -> Any:
         process = self._process
-        assert process is not None and isinstance(process.stdin, io.RawIOBase)
+        assert process is not None
+        assert isinstance(process.stdin, io.RawIOBase)
         try:
             data = pickle.dumps(request)
             _write_all(process.stdin, struct.pack(">Q", len(data)) + data)
@@ -139,7 +150,7 @@ class Guard:
             self.close()
             if code == -getattr(signal, "SIGPROF", 0) and code:
                 raise OutOfTime(f"it took longer than {request[2]:g} s of processor time", repeatable=True)
-            raise BrokenOff(f"its process ended with status {code}")
+            raise _Died(f"its process ended with status {code}")
         try:
             kind, value = json.loads(reply)
         except (ValueError, TypeError):
@@ -153,16 +164,16 @@ class Guard:
 
     def _forget(self) -> None:
         """Starts anew without touching a child that belongs to the process this one was forked from."""
-        process = getattr(self, "_process", None)
-        for pipe in (process.stdin, process.stdout) if process is not None else ():
-            with contextlib.suppress(OSError, ValueError):
-                pipe.close()  # our copies only: the child must see the end of its input when its own parent ends
+        process, self._process = self._process, None
         if process is not None:
             process.returncode = 0  # or its finaliser would warn about a child that is not ours
-        self._process: subprocess.Popen[bytes] | None = None
+            for pipe in (process.stdin, process.stdout):
+                with contextlib.suppress(OSError, ValueError):
+                    if pipe is not None:
+                        pipe.close()  # our copies only: the child must see its input end when its own parent does
         self._lock = threading.Lock()  # the old one may have been held by a thread that does not exist here
-        self._setups: set[bytes] = set()
-        self._replies: queue.Queue[bytes] = queue.Queue()
+        self._setups = set()
+        self._replies = queue.Queue()
 
 
 _guards: weakref.WeakSet[Guard] = weakref.WeakSet()
@@ -191,8 +202,8 @@ def _write_all(pipe: io.RawIOBase, data: bytes) -> None:
 
 def _pump(pipe: io.RawIOBase, replies: queue.Queue[bytes]) -> None:
     """Hands on the child's replies, a line each, and then an empty one: whoever waits learns at once that it ended."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in io.BufferedReader(pipe):
+    with contextlib.suppress(OSError, ValueError), io.BufferedReader(pipe) as lines:
+        for line in lines:
             replies.put(line)
     replies.put(b"")
 
@@ -221,18 +232,18 @@ def _serve(module: str, load: str, work: str) -> None:
             if key not in loaded:
                 loaded[key] = functions[0](setup)
             if args is None:
-                reply: list[Any] = ["value", None]
+                reply = json.dumps(["value", None])
             else:
                 if not refusing:
                     sys.addaudithook(_refuse)
                     refusing = True
                 _arm(seconds)
-                reply = ["value", functions[1](loaded[key], *args)]
+                reply = json.dumps(["value", functions[1](loaded[key], *args)])
         except BaseException as error:  # whatever it is, the parent decides
-            reply = ["error", f"{type(error).__name__}: {str(error)[:200]}"]
+            reply = json.dumps(["error", f"{type(error).__name__}: {str(error)[:200]}"])
         finally:
             _arm(0.0)
-        out.write(json.dumps(reply).encode() + b"\n")
+        out.write(reply.encode() + b"\n")
 
 
 def _arm(seconds: float) -> None:
@@ -252,9 +263,9 @@ def _limit_resources() -> None:
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _REFUSED = (
-    "socket.", "subprocess.", "shutil.", "ctypes.", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill",
-    "os.startfile", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
-    "os.utime", "os.putenv", "os.unsetenv", "os.chdir", "os.setxattr", "pty.", "webbrowser.", "urllib.", "ftplib.", "smtplib.",
+    "socket.", "subprocess.", "shutil.", "ctypes.", "pty.", "webbrowser.", "urllib.", "ftplib.", "smtplib.", "os.system", "os.exec",
+    "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.kill", "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link",
+    "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "os.putenv", "os.unsetenv", "os.chdir", "os.setxattr",
 )  # fmt: skip
 
 

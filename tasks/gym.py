@@ -2,96 +2,167 @@
 
 from __future__ import annotations
 
-import threading
+import difflib
+import random
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..basics import UserError, fold_seed
-from .answers import read_answer
+from ..basics import UserError, canonical_json, fold_seed
+from .answers import read_block
 from .base import Outcome, Problem, Verdict, split_on
+from .guard import BrokenOff, Guard, OutOfTime
+
+_LONGEST = 4000  # characters of an answer; grids and lists of words are long
+_MAKING_SECONDS = 300.0  # of processor time for 500 problems
 
 
 @dataclass(frozen=True)
 class GymTask:
-    """`dataset` of reasoning-gym with its `options`; each split has its own seed, and equal prompts stay in the first split."""
+    """Problems of the reasoning-gym data set `dataset`, made with its own `options`.
+
+    Each split has a seed of its own and `sizes` says how many problems are made for it. A problem that an earlier split
+    of evaluation (any but `train`) has is dropped and counted, and training loses what any of them has.
+    """
 
     dataset: str
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=lambda: {"train": 1000, "dev": 100, "test": 300})
     seed: int = 0
-    timeout: float = 5.0  # seconds that scoring an answer may take
+    timeout: float = 5.0  # seconds of processor time that scoring an answer may take
     step_separator: str = "\n"
+
+    def __post_init__(self) -> None:
+        if not self.sizes or not all(isinstance(size, int) and size > 0 for size in self.sizes.values()):
+            raise ValueError(f"sizes must give each split a number of problems, found {dict(self.sizes)}")
+        if not self.step_separator:
+            raise ValueError("step_separator is empty")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be more than 0 seconds, found {self.timeout}")
 
     @property
     def name(self) -> str:
         return f"reasoning_gym/{self.dataset}"
 
-    @cached_property
-    def _made(self) -> dict[str, tuple[Any, dict[str, dict[str, Any]]]]:
-        import reasoning_gym
-
-        made: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {}
-        seen: set[str] = set()
-        for split, size in self.sizes.items():
-            try:
-                data = reasoning_gym.create_dataset(
-                    self.dataset, size=size, seed=fold_seed(self.seed, "gym", split) % 2**31, **self.options
-                )
-                entries = list(data)
-            except (ValueError, TypeError, AssertionError, KeyError) as error:
-                raise UserError(f"reasoning_gym data set {self.dataset!r} with {dict(self.options)}: {error}") from None
-            fresh = {}
-            for i, entry in enumerate(entries):
-                if entry["question"] not in seen:
-                    seen.add(entry["question"])
-                    fresh[f"{self.name}/{split}/{i:05d}"] = entry
-            made[split] = (data, fresh)
-        return made
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many problems were left out, by reason."""
+        return {"duplicates": self._made[1]} if self._made[1] else {}
 
     def problems(self, split: str) -> list[Problem]:
-        """The problems of a split."""
+        """The problems of a split. Raises UserError for an unknown split or data set, or for options it refuses."""
         if split not in self.sizes:
-            raise ValueError(f"split must be one of {', '.join(self.sizes)}, found {split!r}")
-        _, entries = self._made[split]
-        return [Problem(i, e["question"], str(e["answer"]), {"split": split}) for i, e in entries.items()]
+            raise UserError(f"task {self.name}: split must be one of {', '.join(self.sizes)}, found {split!r}")
+        return list(self._made[0][split])
+
+    @cached_property
+    def _made(self) -> tuple[dict[str, list[Problem]], int]:
+        made: dict[str, list[Problem]] = {}
+        seen: set[str] = set()
+        dropped = 0
+        # Evaluation splits are made first, so that training is what loses a problem that both have.
+        for split in sorted(self.sizes, key=lambda name: name == "train"):
+            made[split] = []
+            for start in range(0, self.sizes[split], 500):
+                for i, (question, answer) in enumerate(self._make(split, start), start):
+                    if question in seen:
+                        dropped += 1
+                        continue
+                    seen.add(question)
+                    made[split].append(
+                        Problem(f"{self.name}/{split}/{i:05d}", question, answer, {"split": split, "index": i})
+                    )
+        return made, dropped
+
+    def _make(self, split: str, start: int) -> list[tuple[str, str]]:
+        # Made in the child as well: some data sets walk over sets of strings, whose order differs between processes unless
+        # the hash seed is fixed, and the child's is.
+        try:
+            return _child.call(
+                "make", start, min(start + 500, self.sizes[split]), seconds=_MAKING_SECONDS, setup=self._setup(split)
+            )
+        except (OutOfTime, BrokenOff) as error:
+            from reasoning_gym.factory import DATASETS
+
+            if self.dataset not in DATASETS:
+                near = difflib.get_close_matches(self.dataset, DATASETS, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(DATASETS))}"
+                raise UserError(f"reasoning-gym has no data set {self.dataset!r}; {hint}") from None
+            options = canonical_json(dict(self.options))
+            raise UserError(f"reasoning-gym data set {self.dataset!r} with options {options}: {error}") from None
+
+    def _setup(self, split: str) -> tuple[str, dict[str, Any], int, int]:
+        seed = fold_seed(self.seed, "reasoning_gym", self.dataset, split) % 2**31
+        return self.dataset, dict(self.options), seed, self.sizes[split]
+
+    # --- solutions -----------------------------------------------------------------------------------------------------
 
     def split_steps(self, text: str) -> list[str]:
-        """The non-empty lines of a solution."""
+        """The non-empty pieces of a solution between separators."""
         return split_on(text, self.step_separator)
 
     def verify(self, problem: Problem, text: str) -> Verdict:
-        """The data set's own score of the marked answer, or of the last line: 1 is right, anything less is wrong."""
-        answer = read_answer(text, "text")
+        """The data set's own score of the answer that was read: 1 is right, anything less is wrong.
+
+        The answer is what is marked, or the last line; where the reference has several lines, all that follows the mark, or
+        as many lines from the end. Scorers may evaluate what they read, so they run in a guarded child process.
+        """
+        answer = read_block(text, 1 + problem.answer.strip().count("\n"), _LONGEST)
         if answer is None:
-            return Verdict(None, Outcome.UNPARSEABLE, "the text is empty")
-        split = problem.id.split("/")[-2] if problem.id.startswith(self.name) else next(iter(self.sizes))
-        data, entries = self._made[split]
-        entry = entries.get(problem.id, {"question": problem.prompt, "answer": problem.answer, "metadata": {}})
-        score = _within(lambda: float(data.score_answer(answer=answer, entry=entry)), self.timeout)
-        form = " ".join(answer.split()).casefold()
-        if score is None:
-            return Verdict(form, Outcome.TIMEOUT, f"scoring took longer than {self.timeout:g} s")
-        right = score >= 1.0
-        return Verdict(problem.answer if right else form, Outcome.RIGHT if right else Outcome.WRONG, f"score {score:g}")
-
-
-def _within(work: Any, seconds: float) -> float | None:
-    """What `work` returns, 0.0 if it raises, None if it takes longer than `seconds`.
-
-    A thread that takes too long cannot be stopped and runs on in the background; reasoning-gym's scorers parse text and do not
-    evaluate it, so that this is a guard against the exception and not the rule.
-    """
-    found: list[float] = []
-
-    def run() -> None:
+            return Verdict(None, Outcome.UNPARSEABLE, "No answer could be read from the text.")
+        form = _form(answer)
+        split, index = problem.meta.get("split"), problem.meta.get("index")
+        if not isinstance(split, str) or split not in self.sizes or not isinstance(index, int):
+            return Verdict(form, Outcome.UNPARSEABLE, f"{problem.id} is no problem of this task.")
         try:
-            found.append(work())
-        except Exception:  # a scorer that stumbles over model text has found no right answer
-            found.append(0.0)
+            score = float(_child.call("score", index, answer, seconds=self.timeout, setup=self._setup(split)))
+        except OutOfTime as error:
+            return Verdict(form, Outcome.TIMEOUT, f"Scoring was stopped: {error}.")
+        except BrokenOff as error:
+            # A scorer that stumbles over what a model wrote has found no right answer.
+            return Verdict(form, Outcome.WRONG, f"The data set's scorer refused the answer ({error}).")
+        if score >= 1.0:
+            return Verdict(form, Outcome.RIGHT, "The data set scores the answer 1.")
+        return Verdict(form, Outcome.WRONG, f"The data set scores the answer {score:g} of 1.")
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found[0] if found else None
+
+def _form(answer: str) -> str:
+    """Canonical form for votes. Scorers differ in what they let pass (case, leading zeros), so only white space is folded."""
+    return "\n".join(" ".join(line.split()) for line in answer.strip().splitlines() if line.strip())
+
+
+# --- in the guarded child ------------------------------------------------------------------------------------------------
+
+
+def load_dataset(setup: tuple[str, dict[str, Any], int, int]) -> tuple[Any, int, dict[int, dict[str, Any]]]:
+    """A data set, its seed, and the problems of it that were looked up to score answers."""
+    import reasoning_gym
+
+    name, options, seed, size = setup
+    return reasoning_gym.create_dataset(name, seed=seed, size=size, **options), seed, {}
+
+
+def _entry(data: Any, seed: int, index: int) -> dict[str, Any]:
+    # codeio runs programs that draw from the global generators.
+    random.seed(fold_seed(seed, "entry", index))
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(fold_seed(seed, "entry", index) % 2**32)
+    return data[index]
+
+
+def make_or_score(loaded: tuple[Any, int, dict[int, dict[str, Any]]], what: str, first: int, rest: Any) -> Any:
+    """("make", first, end): questions and answers of these numbers. ("score", number, answer): its score in [0, 1]."""
+    data, seed, entries = loaded
+    if what == "make":
+        made = [_entry(data, seed, i) for i in range(first, rest)]
+        return [(str(e["question"]), "" if e["answer"] is None else str(e["answer"])) for e in made]
+    if first not in entries:
+        entries[first] = _entry(data, seed, first)
+    # Scorers differ in whether a full stop or outer white space belongs to the answer: the kindest reading counts.
+    readings = dict.fromkeys([rest, rest.strip(), rest.strip().strip("*`").strip(), rest.strip().rstrip(".")])
+    return max(float(data.score_answer(answer=reading, entry=entries[first])) for reading in readings)
+
+
+_child = Guard(__name__, "load_dataset", "make_or_score")

@@ -3,39 +3,59 @@
 from __future__ import annotations
 
 import inspect
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..basics import UserError
-from ..config import build, unknown_key
+from ..config import build, coerce, unknown_key
 from .base import Task
-from .chain import ChainArith
-from .gym import GymTask
 from .text import TextTask, gsm8k, math_problems, multiple_choice, word_problems
 
-CLASSES: dict[str, type] = {"chain": ChainArith, "text": TextTask, "reasoning_gym": GymTask}
 PRESETS: dict[str, Callable[..., TextTask]] = {
     "gsm8k": gsm8k,
     "math": math_problems,
     "word_problems": word_problems,
     "multiple_choice": multiple_choice,
 }
+KINDS = ("chain", "text", *PRESETS, "reasoning_gym")
 
 
 def load_task(config: Mapping[str, Any]) -> Task:
-    """The task that a config names by its `kind`. Raises UserError for an unknown kind or field, naming the nearest known."""
-    fields = dict(config)
-    kind = fields.pop("kind", None)
-    if kind in CLASSES:
-        return build(CLASSES[kind], fields, f"task {kind}")  # type: ignore[return-value]
+    """The task that a config names by its `kind`, filled with its other keys.
+
+    Raises UserError for an unknown kind or field, naming the nearest known one, and for a value of the wrong type. Data is
+    read at the first call of `problems`.
+    """
+    if not isinstance(config, Mapping):
+        raise UserError(f"task must be keys and values, found {config!r}")
+    values = dict(config)
+    if "kind" not in values:
+        raise UserError(f"task: kind is missing; known kinds are {', '.join(KINDS)}")
+    kind = values.pop("kind")
+    where = f"task {kind}"
+    if kind == "text":
+        return typing.cast("Task", build(TextTask, values, where))
+    if kind == "chain":
+        from .chain import ChainArith
+
+        return typing.cast("Task", build(ChainArith, values, where))
+    if kind == "reasoning_gym":
+        from .gym import GymTask
+
+        return typing.cast("Task", build(GymTask, values, where))
     if kind not in PRESETS:
-        raise unknown_key(str(kind), [*CLASSES, *PRESETS], "task: kind")
-    known = [*inspect.signature(PRESETS[kind]).parameters, *TextTask.__dataclass_fields__]
-    known.remove("fields")
-    for key in fields:
+        error = unknown_key(str(kind), KINDS, "task")
+        raise UserError(str(error).replace("unknown key", "unknown kind").replace("known keys", "known kinds"))
+    preset = PRESETS[kind]
+    hints = typing.get_type_hints(TextTask) | typing.get_type_hints(preset)
+    known = [name for name in inspect.signature(preset).parameters if name != "overrides"]
+    known += [name for name in TextTask.__dataclass_fields__ if name not in known]
+    for key in values:
         if key not in known:
-            raise unknown_key(key, known, f"task {kind}")
+            raise unknown_key(str(key), known, where)
     try:
-        return PRESETS[kind](**fields)
+        made = preset(**{key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()})
     except (ValueError, TypeError) as error:
-        raise UserError(f"task {kind}: {error}") from error
+        raise UserError(f"{where}: {error}") from error
+    return typing.cast("Task", made)

@@ -13,6 +13,9 @@ from stepladder.models.engine import Request, Sample, Sampling, StopReason
 from stepladder.models.lab import lab_config, lab_tokenizer
 from stepladder.models.ledger import Ledger
 
+# The models here are so small that a second thread costs more than it brings, above all where others use the cores too.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def lab_words() -> Any:

@@ -32,7 +32,13 @@ def test_fold_seed_is_the_same_on_every_machine():
 
 
 def test_fold_seed_tells_meanings_apart():
-    seeds = [fold_seed(0, "a", "b"), fold_seed(0, "ab"), fold_seed(0, "a", 1), fold_seed(0, "a", "1"), fold_seed(1, "ab")]
+    seeds = [
+        fold_seed(0, "a", "b"),
+        fold_seed(0, "ab"),
+        fold_seed(0, "a", 1),
+        fold_seed(0, "a", "1"),
+        fold_seed(1, "ab"),
+    ]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**63 for seed in seeds)
 

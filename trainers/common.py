@@ -34,17 +34,19 @@ class StepladderArguments(TrainingArguments):
     eval_rows: str = option("", "rows to compute the evaluation loss on; empty for none")
     max_length: int = option(1024, "longest sequence in tokens; what does not fit is counted and printed")
     lora_r: int = option(0, "rank of LoRA adapters; 0 trains all weights")
-    lora_alpha: float = option(32.0, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
+    lora_alpha: int = option(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
     lora_dropout: float = option(0.0, "dropout inside LoRA adapters")
     dtype: str = option("float32", "precision of the weights: float32, bfloat16, float16 or auto")
     max_rows: int = option(0, "use at most this many rows, drawn with the seed; 0 for all")
-    like_lengths: bool = option(True, "put sequences of like lengths in one batch, so that padding is not what is trained")
+    like_lengths: bool = option(
+        True, "put sequences of like lengths in one batch, so that padding is not what is trained"
+    )
 
-    output_dir: str | None = option(None, "the folder that the checkpoint is written to")
-    report_to: None | str | list[str] = option("none", "trackers: none, wandb, tensorboard ...")
+    output_dir: str = option("", "the folder that the checkpoint is written to")
+    report_to: str | list[str] | None = option("none", "trackers: none, wandb, tensorboard ...")
     save_total_limit: int | None = option(1, "checkpoints kept while training")
     logging_steps: float = option(10, "optimiser steps between two lines of metrics.jsonl")
-    remove_unused_columns: bool | None = option(False, "batches carry targets and weights that no model takes")
+    remove_unused_columns: bool = option(False, "batches carry targets and weights that no model takes")
     lr_scheduler_type: Any = option("cosine", "learning-rate schedule")
 
     def __post_init__(self) -> None:
@@ -113,6 +115,8 @@ class StepladderTrainer(Trainer):
     items of all micro-batches and all processes, so that 8 x 1 equals 1 x 8 and two processes equal one.
     """
 
+    args: StepladderArguments
+
     def __init__(self, *, train_dataset: Examples, args: StepladderArguments, **kwargs: Any) -> None:
         super().__init__(train_dataset=train_dataset, args=args, **kwargs)
         # The division below is the whole normalisation: transformers must neither divide by the accumulation steps nor leave
@@ -156,7 +160,7 @@ class StepladderTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        data = train_dataset if train_dataset is not None else self.train_dataset
+        data: Any = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LikeLengths(data.lengths, batch, self.args.seed, group=self.args.like_lengths)
 

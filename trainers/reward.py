@@ -14,7 +14,16 @@ from ..config import option
 from ..models.loading import load_policy_format, load_tokenizer
 from ..models.step_format import Encoded, Head, LabelKind, StepFormat
 from . import losses
-from .common import Examples, MetricsFile, StepladderArguments, StepladderTrainer, fit, make_folder, pad_batch, start_model
+from .common import (
+    Examples,
+    MetricsFile,
+    StepladderArguments,
+    StepladderTrainer,
+    fit,
+    make_folder,
+    pad_batch,
+    start_model,
+)
 
 
 @dataclass
@@ -66,6 +75,7 @@ def collate(items: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Ten
 class RewardTrainer(StepladderTrainer):
     """A loss at the labelled positions, read without a shift, averaged over the labels of the whole optimiser step."""
 
+    args: RewardArguments
     positive_class: int | None = None
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -95,14 +105,14 @@ def train_reward(args: RewardArguments, make_examples: Any, label_kind: LabelKin
     held_out = make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None
     # Dropout on the head would make scores of the same text differ between training and use.
     labels = {"num_labels": 2 if head == "two_class" else 1, "classifier_dropout": 0.0}
-    make_folder(str(args.output_dir))
+    make_folder(args.output_dir)
     trainer = RewardTrainer(
         model=start_model(AutoModelForTokenClassification, args, **labels),
         args=args,
         train_dataset=data,
         eval_dataset=held_out,
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
-        callbacks=[MetricsFile(str(args.output_dir))],
+        callbacks=[MetricsFile(args.output_dir)],
     )
     trainer.positive_class = step_format.positive_class
     return fit(trainer, tokenizer, step_format)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..basics import UserError
+from ..basics import UserError, make_folder
 from ..config import option
 from ..data_gen.rows import Dialogue
 from ..data_gen.store import read_rows
@@ -24,6 +24,7 @@ from ..models.step_format import StepFormat
 from . import losses
 from .common import (
     Examples,
+    MetricsFile,
     StepladderArguments,
     StepladderTrainer,
     fit,
@@ -109,14 +110,18 @@ def _chat(row: Dialogue, tokenizer: Any, step_format: StepFormat) -> tuple[list[
         head = tokenizer.apply_chat_template(messages[: number + shift], tokenize=False, add_generation_prompt=True)
         begin = len(head) if text.startswith(head) else -1
         if begin < 0 or not text[begin:].lstrip().startswith(turn.content.strip()):
-            raise UserError(f"row {row.problem_id}: the chat template does not keep turn {number} as written; it cannot be masked")
+            raise UserError(
+                f"row {row.problem_id}: the chat template does not keep turn {number} as written; it cannot be masked"
+            )
         begin += len(text[begin:]) - len(text[begin:].lstrip())
         content_end = begin + len(turn.content.strip())
         # The template's end-of-turn token right behind the text is trained with it: it is how a policy learns to stop.
         closing = next((k for k, (s, _) in enumerate(offsets) if s >= content_end), None)
         for k, (start, end) in enumerate(offsets):
             inside = start >= begin and end <= content_end and end > start
-            if (inside and not _masked(turn, start - begin, end - begin)) or (k == closing and ids[k] in _stops(tokenizer)):
+            if (inside and not _masked(turn, start - begin, end - begin)) or (
+                k == closing and ids[k] in _stops(tokenizer)
+            ):
                 labels[k], weights[k] = ids[k], turn.weight
     return ids, labels, weights
 
@@ -131,6 +136,8 @@ def _masked(message: Any, start: int, end: int) -> bool:
 
 class SFTTrainer(StepladderTrainer):
     """Weighted, masked cross-entropy (losses.weighted_sft)."""
+
+    args: SFTArguments
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         trained = batch["labels"][:, 1:] != -100
@@ -187,10 +194,8 @@ def train(args: SFTArguments) -> dict[str, float]:
 
 
 def _callbacks(args: StepladderArguments) -> list[Any]:
-    from .common import MetricsFile
-
-    Path(args.output_dir or ".").mkdir(parents=True, exist_ok=True)
-    return [MetricsFile(str(args.output_dir))]
+    make_folder(args.output_dir)
+    return [MetricsFile(args.output_dir)]
 
 
 def _new_lab_model(args: SFTArguments) -> None:
@@ -198,7 +203,7 @@ def _new_lab_model(args: SFTArguments) -> None:
 
     from ..models.lab import lab_config, lab_tokenizer
 
-    folder = Path(str(args.output_dir)) / "start"
+    folder = Path(args.output_dir) / "start"
     sizes = dict(args.lab_model)
     if "largest_number" not in sizes:
         raise UserError("lab_model needs largest_number, the largest number the tokenizer knows (p - 1 for chain)")

@@ -24,7 +24,9 @@ def test_the_longest_prefix_is_found():
     for length in (1, 3, 5):
         cache.put(range(length), keys_values(length), extra=length)
     cache.put((0, 1, 9), keys_values(3), extra="other")
-    found = lambda ids, at_most: (lambda length, entry: (length, entry.extra if entry else None))(*cache.longest(ids, at_most))
+    found = lambda ids, at_most: (lambda length, entry: (length, entry.extra if entry else None))(
+        *cache.longest(ids, at_most)
+    )
     assert found((0, 1, 2, 3, 4, 5), 6) == (5, 5)
     assert found((0, 1, 2, 3, 4, 5), 4) == (3, 3)
     assert found((0, 1, 9, 9), 4) == (3, "other")

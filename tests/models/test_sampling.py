@@ -27,7 +27,13 @@ def split_mix(seed: int, count: int) -> list[float]:
 
 def test_uniforms_are_splitmix64():
     # The generator's published first numbers from seed 1234567.
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    published = [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
     assert uniforms([1234567], 5)[0].tolist() == [(z >> 11) / 2**53 for z in published]
     seeds = [0, 1, 2**63 - 1, 2**64 - 1, fold_seed(0, "x")]
     assert uniforms(seeds, 40).tolist() == [split_mix(seed, 40) for seed in seeds]
@@ -51,7 +57,7 @@ def test_uniforms_are_uniform(how):
     found = uniforms(seeds, positions)
     values = found.flatten().sort().values
     n = len(values)
-    assert 0 <= values[0]
+    assert values[0] >= 0
     assert values[-1] < 1
     steps = torch.arange(n, dtype=torch.float64)
     gap = max((values - steps / n).abs().max(), ((steps + 1) / n - values).abs().max()).item()
@@ -98,7 +104,9 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
         assert int((filtered_probabilities(logits, 1.0, 0, top_p) > 0).sum()) == kept
 
 
-@pytest.mark.parametrize(("top_k", "top_p", "temperature"), [(0, 1.0, 1.0), (4, 1.0, 0.7), (0, 0.8, 1.3), (6, 0.7, 1.0)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "temperature"), [(0, 1.0, 1.0), (4, 1.0, 0.7), (0, 0.8, 1.3), (6, 0.7, 1.0)]
+)
 def test_draws_follow_the_probabilities(top_k, top_p, temperature):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(1, 12, generator=generator)
@@ -108,7 +116,9 @@ def test_draws_follow_the_probabilities(top_k, top_p, temperature):
     ids, logprobs = draw(logits.expand(n, -1), uniform, params)
     want = slow_probabilities(logits[0].tolist(), temperature, top_k, top_p)
     counts = torch.bincount(ids, minlength=12).tolist()
-    assert all(c == 0 for c, p in zip(counts, want, strict=True) if p == 0)  # a token of probability zero is never drawn
+    assert all(
+        c == 0 for c, p in zip(counts, want, strict=True) if p == 0
+    )  # a token of probability zero is never drawn
     chi_square = sum((c - n * p) ** 2 / (n * p) for c, p in zip(counts, want, strict=True) if p)
     degrees = sum(p > 0 for p in want) - 1
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)
@@ -118,7 +128,17 @@ def test_draws_follow_the_probabilities(top_k, top_p, temperature):
 def test_a_draw_inverts_the_cumulative_distribution():
     p = [0.125, 0.0, 0.5, 0.25, 0.0, 0.125, 0.0]  # exact in binary
     logits = torch.tensor([p]).log()
-    edges = [(0.0, 0), (0.1249, 0), (0.125, 2), (0.6249, 2), (0.625, 3), (0.8749, 3), (0.875, 5), (1 - 2**-24, 5), (1 - 2**-53, None)]
+    edges = [
+        (0.0, 0),
+        (0.1249, 0),
+        (0.125, 2),
+        (0.6249, 2),
+        (0.625, 3),
+        (0.8749, 3),
+        (0.875, 5),
+        (1 - 2**-24, 5),
+        (1 - 2**-53, None),
+    ]
     for uniform, want in edges:
         ids, logprobs = draw(logits, torch.tensor([uniform], dtype=torch.float64), Sampling(1))
         # A target that rounding puts at the total falls on the most probable token.
@@ -162,7 +182,9 @@ def test_permuting_the_batch_permutes_the_draws():
     shuffled_ids, shuffled = draw(logits[order], uniform[order], Sampling(1, 0.8, 0.9, 10))
     assert torch.equal(shuffled_ids, ids[order])
     assert torch.equal(shuffled, logprobs[order])
-    alone = torch.stack([draw(logits[i : i + 1], uniform[i : i + 1], Sampling(1, 0.8, 0.9, 10))[0][0] for i in range(50)])
+    alone = torch.stack(
+        [draw(logits[i : i + 1], uniform[i : i + 1], Sampling(1, 0.8, 0.9, 10))[0][0] for i in range(50)]
+    )
     assert torch.equal(alone, ids)
 
 

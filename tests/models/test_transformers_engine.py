@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,9 @@ def requests_of(tokenizer: Any, count: int, samples: int, seed: int = 0) -> list
 def forwards(model: Any) -> Iterator[list[tuple[int, int]]]:
     """The shapes [rows, columns] of every forward of the model."""
     shapes: list[tuple[int, int]] = []
-    hook = model.register_forward_pre_hook(lambda _, __, kw: shapes.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    hook = model.register_forward_pre_hook(
+        lambda _, __, kw: shapes.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+    )
     try:
         yield shapes
     finally:
@@ -46,12 +49,16 @@ def test_greedy_equals_the_models_own_generate(lab_words, tiny_policy):
     requests = [Request(p, (0,)) for p in prefixes(lab_words, 12)]
     found = engine.generate(requests, Sampling(20, temperature=0.0))
     for request, (sample,) in zip(requests, found, strict=True):
-        want = model.generate(torch.tensor([request.prefix]), do_sample=False, max_new_tokens=20)[0, len(request.prefix) :]
+        want = model.generate(torch.tensor([request.prefix]), do_sample=False, max_new_tokens=20)[
+            0, len(request.prefix) :
+        ]
         assert sample.ids == tuple(want.tolist())
         assert sample.stop is (StopReason.EOS if sample.ids[-1] == lab_words.eos_token_id else StopReason.LENGTH)
 
 
-@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(0.0, 1.0, 0), (1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 4)])
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(0.0, 1.0, 0), (1.0, 1.0, 0), (0.7, 1.0, 0), (1.3, 0.8, 0), (1.0, 1.0, 4)]
+)
 def test_log_probabilities_are_those_of_a_full_forward(lab_words, tiny_policy, temperature, top_p, top_k):
     model = tiny_policy(lab_words)
     engine = TransformersEngine(model, lab_words, batch_size=64)
@@ -112,7 +119,9 @@ def test_same_seeds_same_samples_whatever_the_batch(lab_words, tiny_policy):
     for position, index in enumerate(order):
         changed += sum(a.ids != b.ids for a, b in zip(shuffled[position], whole[index], strict=True))
         total += len(whole[index])
-    few = TransformersEngine(model, lab_words).generate([Request(r.prefix, r.seeds[2:3]) for r in requests[:10]], sampling)
+    few = TransformersEngine(model, lab_words).generate(
+        [Request(r.prefix, r.seeds[2:3]) for r in requests[:10]], sampling
+    )
     changed += sum(found[0].ids != whole[i][2].ids for i, found in enumerate(few))
     total += len(few)
     print(f"\nsamples changed by batch composition in float32: {changed} of {total}")
@@ -194,25 +203,47 @@ def test_several_end_of_sequence_tokens(lab_words, markov_policy):
     assert (sample.ids, sample.stop) == ((end,), StopReason.EOS)
 
 
-def run_table(model: Any, tokenizer: Any, start: int, stop: tuple[str, ...], limit: int = 8) -> tuple[str, StopReason, int]:
-    [[sample]] = TransformersEngine(model, tokenizer).generate([Request((start,), (0,))], Sampling(limit, 0.0, stop=stop))
+def run_table(
+    model: Any, tokenizer: Any, start: int, stop: tuple[str, ...], limit: int = 8
+) -> tuple[str, StopReason, int]:
+    [[sample]] = TransformersEngine(model, tokenizer).generate(
+        [Request((start,), (0,))], Sampling(limit, 0.0, stop=stop)
+    )
     return tokenizer.decode(sample.ids), sample.stop, len(sample.ids)
 
 
 def test_stop_strings(merging_tokenizer, markov_policy):
-    token = {text: merging_tokenizer(text)["input_ids"][0] for text in ("a", "b", "c", "\n", "\n\n", ".\n", "E", "N", "D")}
-    table = lambda *chain: markov_policy(merging_tokenizer, {token[x]: token[y] for x, y in zip(chain, chain[1:], strict=False)})
+    token = {
+        text: merging_tokenizer(text)["input_ids"][0] for text in ("a", "b", "c", "\n", "\n\n", ".\n", "E", "N", "D")
+    }
+    table = lambda *chain: markov_policy(merging_tokenizer, {token[x]: token[y] for x, y in itertools.pairwise(chain)})
 
     # Two newlines as two tokens; as one token; as the end of one token and the next one.
     assert run_table(table("a", "\n", "\n"), merging_tokenizer, token["a"], ("\n\n",)) == ("\n\n", StopReason.STOP, 2)
-    assert run_table(table("a", "b", "\n\n", "c"), merging_tokenizer, token["a"], ("\n\n",)) == ("b\n\n", StopReason.STOP, 2)
-    assert run_table(table("a", ".\n", "\n", "c"), merging_tokenizer, token["a"], ("\n\n",)) == (".\n\n", StopReason.STOP, 2)
+    assert run_table(table("a", "b", "\n\n", "c"), merging_tokenizer, token["a"], ("\n\n",)) == (
+        "b\n\n",
+        StopReason.STOP,
+        2,
+    )
+    assert run_table(table("a", ".\n", "\n", "c"), merging_tokenizer, token["a"], ("\n\n",)) == (
+        ".\n\n",
+        StopReason.STOP,
+        2,
+    )
     # A stop string inside a token's text ends there too, and the whole token is kept.
     assert run_table(table("a", "b", ".\n", "c"), merging_tokenizer, token["a"], (".",)) == ("b.\n", StopReason.STOP, 2)
     # Over three tokens, beside another one that never comes.
-    assert run_table(table("a", "E", "N", "D", "b"), merging_tokenizer, token["a"], ("zzz", "END")) == ("END", StopReason.STOP, 3)
+    assert run_table(table("a", "E", "N", "D", "b"), merging_tokenizer, token["a"], ("zzz", "END")) == (
+        "END",
+        StopReason.STOP,
+        3,
+    )
     # Parts of it are no stop string, and what stands in the prefix does not count.
-    assert run_table(table("a", "E", "N", "b", "c"), merging_tokenizer, token["a"], ("END",), 4) == ("ENbc", StopReason.LENGTH, 4)
+    assert run_table(table("a", "E", "N", "b", "c"), merging_tokenizer, token["a"], ("END",), 4) == (
+        "ENbc",
+        StopReason.LENGTH,
+        4,
+    )
     assert run_table(table("\n", "b", "c"), merging_tokenizer, token["\n"], ("\nb",), 2) == ("bc", StopReason.LENGTH, 2)
     # No stop strings: only the length ends it.
     assert run_table(table("a", "\n", "\n"), merging_tokenizer, token["a"], (), 5) == ("\n" * 5, StopReason.LENGTH, 5)
@@ -309,7 +340,9 @@ def test_a_prefix_cache_changes_nothing_but_the_work(lab_words, tiny_policy):
         requests = [Request(p, (fold_seed(depth, i), fold_seed(depth, i, "other"))) for i, p in enumerate(grown)]
         before = cached.ledger.prefilled_tokens
         want, found = plain.generate(requests, sampling), cached.generate(requests, sampling)
-        changed += sum(a.ids != b.ids for one, other in zip(want, found, strict=True) for a, b in zip(one, other, strict=True))
+        changed += sum(
+            a.ids != b.ids for one, other in zip(want, found, strict=True) for a, b in zip(one, other, strict=True)
+        )
         total += 2 * len(requests)
         for one, other in zip(want, found, strict=True):
             for a, b in zip(one, other, strict=True):
@@ -318,7 +351,11 @@ def test_a_prefix_cache_changes_nothing_but_the_work(lab_words, tiny_policy):
         # Whatever was sampled is known, but for its last token.
         new = cached.ledger.prefilled_tokens - before
         assert new == (sum(map(len, grown)) if depth == 0 else len(grown))
-        grown = [r.prefix + one[depth % 2].ids for r, one in zip(requests, found, strict=True) if one[depth % 2].stop is not StopReason.EOS]
+        grown = [
+            r.prefix + one[depth % 2].ids
+            for r, one in zip(requests, found, strict=True)
+            if one[depth % 2].stop is not StopReason.EOS
+        ]
     print(f"\nsamples changed by the prefix cache: {changed} of {total}")
     assert changed <= 0.01 * total
     assert len(grown) > 3

@@ -20,7 +20,6 @@ from stepladder.tasks.chain import (
     value_on_track,
 )
 
-
 # 3 + 5 = 8; 8 * 2 = 16 = 5; 5 - 7 = -2 = 9 (mod 11)
 TASK = ChainArith(p=11)
 PROBLEM = Problem("x", "Start 3 ; + 5 ; * 2 ; - 7 \n", "9")
@@ -174,7 +173,25 @@ def test_verify(text, answer, outcome):
 
 
 PIECES = st.sampled_from(
-    ["Answer:", "Answer", ":", "=", "+", "-", "*", "\n", " ", "3", "11", "٣", "²", "99999999999", "3 + 5 = 8", "\ud800", "\x00"]
+    [
+        "Answer:",
+        "Answer",
+        ":",
+        "=",
+        "+",
+        "-",
+        "*",
+        "\n",
+        " ",
+        "3",
+        "11",
+        "٣",
+        "²",
+        "99999999999",
+        "3 + 5 = 8",
+        "\ud800",
+        "\x00",
+    ]
 )
 
 
@@ -282,3 +299,10 @@ def test_demonstrations_err_at_the_rates_asked_and_carry_errors_on():
 
     assert near(noisy, task.noisy_rate)
     assert near(plain, task.slip_rate)
+
+
+def test_a_slip_is_never_the_right_result():
+    task = ChainArith(p=3, sizes={"train": 50}, noisy_share=0.0, slip_rate=1.0)
+    for problem in task.problems("train"):
+        checks = task.check_steps(problem, task.demonstration(problem, 0))
+        assert [check.local_ok for check in checks] == [False] * problem.meta["steps"] + [True]
