@@ -80,28 +80,28 @@ def make_rows(
     part = folder / f"part-{shard.index:05d}-of-{shard.count:05d}.jsonl"
     from tqdm import tqdm
 
-    bar = tqdm(
+    if todo:
+        _append(part, b"")  # a folder that cannot be written is told before any work is done
+    # The bar ends its line before an error is told.
+    with tqdm(
         total=len(mine),
         initial=len(mine) - len(todo),
         desc=progress,
         unit="unit",
         disable=not progress,
         mininterval=0.5,
-    )
-    if todo:
-        _append(part, b"")  # a folder that cannot be written is told before any work is done
-    for index in todo:
-        result = work(units[index])
-        lines = [canonical_json({"unit": index, "row": to_record(row)}) for row in result.rows]
-        commit = {
-            "unit": index,
-            "rows": len(lines),
-            "dropped": dict(result.dropped),
-            "ledger": result.ledger.to_json(),
-        }
-        _append(part, "".join(line + "\n" for line in [*lines, canonical_json(commit)]).encode())
-        bar.update()
-    bar.close()
+    ) as bar:
+        for index in todo:
+            result = work(units[index])
+            lines = [canonical_json({"unit": index, "row": to_record(row)}) for row in result.rows]
+            commit = {
+                "unit": index,
+                "rows": len(lines),
+                "dropped": dict(result.dropped),
+                "ledger": result.ledger.to_json(),
+            }
+            _append(part, "".join(line + "\n" for line in [*lines, canonical_json(commit)]).encode())
+            bar.update()
     return _finish(folder, row_type, len(units))
 
 

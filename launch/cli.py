@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,11 +35,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+    except Exception as error:
+        if not (full := _refused_write(error)):
+            raise
+        print(f"error: cannot write: {full}; free some space, and the same command continues", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        raise SystemExit(141) from None
+
+
+def _refused_write(error: BaseException | None) -> str:
+    """The operating system's words if an error comes of a full disk or a quota, else "".
+
+    Libraries that write weights (safetensors, torch) raise classes of their own for it.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in full:
+            return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+        for number in full:
+            if f"os error {number}" in str(error):
+                return os.strerror(number)
+        if "PytorchStreamWriter failed writing" in str(error):
+            return "the file system took no more bytes"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -64,6 +89,7 @@ def _dispatch(arguments: list[str]) -> None:
 
 def _stage(group: str, rest: list[str]) -> None:
     from ..config import build, describe, merge, parse_overrides, read_yaml, unknown_key
+    from .pipeline import claim
     from .stages import STAGES, config_class
 
     names = [name.removeprefix(f"{group}.") for name in STAGES if name.startswith(f"{group}.")]
@@ -86,7 +112,8 @@ def _stage(group: str, rest: list[str]) -> None:
     out = values.pop("out", None)
     if config_file is not None:
         values = merge(read_yaml(str(config_file)), values)
-        out = out or values.pop("out", None)
+        in_file = values.pop("out", None)
+        out = out or in_file
     fields = {field.name for field in dataclasses.fields(config_class(kind))}
     if "output_dir" in fields:
         if out:
@@ -95,7 +122,10 @@ def _stage(group: str, rest: list[str]) -> None:
     if not out:
         raise UserError(f"stepladder {group} {name}: --out DIR is missing: the folder that is filled")
     where = str(config_file or f"stepladder {group} {name}")
-    STAGES[kind][1](build(config_class(kind), values, where), Path(str(out)))
+    config = build(config_class(kind), values, where)
+    if group in ("data", "search"):
+        claim(Path(str(out)), kind, config)
+    STAGES[kind][1](config, Path(str(out)))
 
 
 def _split_out(rest: list[str], flags: Sequence[str] = ()) -> tuple[dict[str, str], list[str]]:
@@ -121,7 +151,10 @@ def _run(rest: list[str]) -> None:
     from ..config import parse_overrides
     from .pipeline import load_recipe, run_recipe
 
-    ours, others = _split_out(rest)
+    ours, others = _split_out(rest, ("-h", "--help"))
+    if "-h" in ours or "--help" in ours:
+        print("usage: stepladder run RECIPE.yaml [--out DIR] [--seed N] [stage.key=value ...]")
+        return
     if not others or others[0].startswith("-") or "=" in others[0]:
         raise UserError("stepladder run needs a recipe: stepladder run RECIPE.yaml [--out DIR] [stage.key=value ...]")
     overrides = parse_overrides(others[1:])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..basics import UserError, fingerprint, fold_seed, read_json, write_json
+from ..basics import UserError, fingerprint, fingerprint_path, fold_seed, read_json, write_json
 from ..data_gen import importers
 from ..data_gen.rows import Solution, StepLabels
 from ..data_gen.store import read_about, read_rows
@@ -16,10 +16,11 @@ from ..models.ledger import Ledger
 from ..models.reward import RewardModel, aggregate
 from ..models.step_metrics import auroc, expected_calibration_error, first_error_f1, predicted_first_error
 from ..search.choose import best_credit, paired_bootstrap, pass_at_k, vote_credit
-from ..tasks.base import Problem, StepChecker, first_error
+from ..tasks.base import Problem, StepCheck, StepChecker, first_error
 from ..tasks.chain import ChainArith, hard_label_error_rates
 from ..tasks.load import load_task
 from . import stages
+from .making import tell_cut_steps
 from .stages import first, required
 
 RESULTS = "results.json"
@@ -41,7 +42,7 @@ def record(
         "arm": arm,
         "metric": metric,
         "value": None if math.isnan(mean) else mean,
-        "ci": interval or None,
+        "ci": interval if interval and not any(map(math.isnan, interval)) else None,
         "n": n,
         "tokens": ledger.generated_tokens,
         "flops": ledger.flops,
@@ -121,13 +122,14 @@ class _Scored:
         model = self.models[which]
         if model is None:
             return None
-        key = fingerprint([model.name, [(r.problem_id, r.sample, r.steps) for r in rows]])
+        key = fingerprint([_content(model.name), [(r.problem_id, r.sample, r.steps) for r in rows]])
         path = self.out / f"scores-{self.name}-{kind}-{which}.json"
         if path.is_file() and (kept := read_json(path)).get("key") == key:
             self.ledgers[which, kind] = Ledger(**kept["ledger"])
             return kept["scores"]
         before = model.ledger.copy()
         scores = model.score([(row.prompt, row.steps) for row in rows])
+        tell_cut_steps(model)
         ledger = self.ledgers[which, kind] = model.ledger - before
         write_json(path, {"key": key, "ledger": ledger.to_json(), "scores": scores})
         return scores
@@ -141,6 +143,12 @@ class _Scored:
 
     def cost(self, which: str, kind: str) -> Ledger:
         return self.ledgers.get((which, kind), Ledger())
+
+
+def _content(model: str) -> list[str]:
+    """What tells a model from another one that was trained into the same folder later."""
+    files = sorted(Path(model).glob("*.safetensors")) + sorted(Path(model).glob("step_format.json"))
+    return [model, *(fingerprint_path(file) for file in files)]
 
 
 def _by_problem(
@@ -201,6 +209,12 @@ def _arms(
     return arms
 
 
+def step_right(check: StepCheck) -> bool:
+    """Whether a step counts as right wherever steps are judged here: it follows from the line before and its result is that of
+    the reference. The first step for which it does not hold is the first error."""
+    return check.local_ok and check.on_track
+
+
 def _shown(
     name: str, ids: Sequence[str], groups: Mapping[str, Sequence[Solution]], scored: _Scored, task: Any
 ) -> list[dict[str, Any]]:
@@ -214,6 +228,7 @@ def _shown(
         step_scores = scored.steps("prm", kind, rows) or [[] for _ in rows]
         prm, orm = scored.totals("prm", kind, rows), scored.totals("orm", kind, rows) if kind == "samples" else None
         position = {id(row): i for i, row in enumerate(rows)}
+        n = max(len(found) for found in _by_problem(rows).values())
         for problem_id, found in _by_problem(rows).items():
             if problem_id not in set(ids):
                 continue
@@ -224,7 +239,12 @@ def _shown(
             for arm, totals in (("prm", prm), ("orm", orm)):
                 if totals is not None:
                     best = max(where, key=lambda i: (totals[i], -i))
-                    add(rows[best], kind, step_scores[best], f"beam_{arm}" if kind == "beam" else f"best_of_n_{arm}")
+                    add(
+                        rows[best],
+                        kind,
+                        step_scores[best],
+                        f"beam_{n}_{arm}" if kind == "beam" else f"best_of_{n}_{arm}",
+                    )
             if kind == "samples":
                 votes: dict[str, int] = {}
                 for i in where:
@@ -233,7 +253,7 @@ def _shown(
                 if votes:
                     winner = max(votes, key=lambda a: votes[a])
                     i = next(i for i in where if rows[i].answer == winner)
-                    add(rows[i], kind, step_scores[i], "majority")
+                    add(rows[i], kind, step_scores[i], f"majority@{n}")
     lines = []
     for row, scores, arms in chosen.values():
         checks = None
@@ -247,7 +267,7 @@ def _shown(
                 "policy": name,
                 "steps": list(row.steps),
                 "scores": scores,
-                "step_right": [c.local_ok and c.on_track for c in checks] if checks else [None] * len(row.steps),
+                "step_right": [step_right(c) for c in checks] if checks else [None] * len(row.steps),
                 "answer": row.answer,
                 "outcome": row.outcome,
                 "selected_by": arms,
@@ -276,13 +296,16 @@ def evaluate_prm(config: stages.EvaluatePRM, out: Path) -> None:
             continue
         model = RewardModel.load(path, dtype=config.dtype)
         scores = model.score([(row.prompt, row.steps) for row in rows])
+        tell_cut_steps(model)
         groups: dict[str, list[int]] = {}
         for i, row in enumerate(rows):
             groups.setdefault(row.problem_id, []).append(i)
         seed = config.seed
         step_auroc = _bootstrap_groups(
             list(groups.values()),
-            lambda idx, s=scores: auroc([v for i in idx for v in s[i]], [c.on_track for i in idx for c in checks[i]]),
+            lambda idx, s=scores: auroc(
+                [v for i in idx for v in s[i]], [step_right(c) for i in idx for c in checks[i]]
+            ),
             seed,
         )
         predicted = [predicted_first_error(s) for s in scores]
@@ -308,10 +331,8 @@ def evaluate_prm(config: stages.EvaluatePRM, out: Path) -> None:
                 )
             )
         flat = [v for s in scores for v in s]
-        good = [float(c.on_track) for check in checks for c in check]
-        records.append(
-            record(arm, "ece_against_on_track", expected_calibration_error(flat, good), len(flat), seed, model.ledger)
-        )
+        good = [float(step_right(c)) for check in checks for c in check]
+        records.append(record(arm, "step_ece", expected_calibration_error(flat, good), len(flat), seed, model.ledger))
         if arm == "prm":
             details["calibration"] = {"scores": flat[:20000], "right": [bool(g) for g in good[:20000]]}
     if config.labels and isinstance(task, ChainArith):
@@ -330,7 +351,7 @@ def _bootstrap_groups(
     draws = []
     for _ in range(resamples):
         draws.append(value([i for g in rng.integers(0, len(groups), len(groups)) for i in groups[g]]))
-    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    low, high = np.nanpercentile(draws, [2.5, 97.5]) if not np.isnan(draws).all() else (math.nan, math.nan)
     return float(value([i for g in groups for i in g])), float(low), float(high)
 
 
@@ -338,6 +359,9 @@ def label_errors(
     task: ChainArith, labels: Sequence[StepLabels], solutions: Sequence[Solution], seed: int
 ) -> list[dict[str, Any]]:
     """False positive and false negative rates of the hard label against the exact checker, beside their closed form.
+
+    Judged against `on_track` alone, unlike step scores: from a value that is the reference's again a right ending is to be
+    expected, however the value came about, and that is what a continuation measures.
 
     The closed form (methods of the lab, `tasks.chain.hard_label_error_rates`) is that of a policy that errs uniformly; its error
     rate is the share of steps, among held-out solutions, that do not follow from the line before. The real policy errs on some
@@ -384,16 +408,13 @@ def evaluate_processbench(config: stages.EvaluateProcessBench, out: Path) -> Non
         records = first(importers.process_bench(path), config.limit)
         labels[subset] = [r["label"] for r in records]
         kept = out / f"scores-{subset}.json"
-        key = fingerprint([config.prm, records])
+        key = fingerprint([_content(config.prm), records])
         if kept.is_file() and read_json(kept).get("key") == key:
             scores[subset] = read_json(kept)["scores"]
         else:
             scores[subset] = model.score([(r["problem"], r["steps"]) for r in records])
             write_json(kept, {"key": key, "scores": scores[subset]})
-    if model.cut_steps:
-        print(
-            f"{model.cut_steps} steps did not fit into the context of {model.context} tokens and took the score before them"
-        )
+    tell_cut_steps(model)
     threshold = config.threshold
     if threshold is None:
         if config.tune_on not in scores:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from ..data_gen.rows import Dialogue, Solution, Source, StepLabels
 from ..data_gen.solutions import best_solutions, demonstrations, sample_solutions
 from ..data_gen.step_labels import monte_carlo_labels
 from ..data_gen.store import Shard, UnitResult, make_rows, read_about, read_rows, write_rows
-from ..models.engine import Engine, Sampling
-from ..models.loading import load_engine, load_policy_format
+from ..models.engine import Engine, Sampling, StopReason
+from ..models.loading import hub_folder, load_engine, load_policy_format
 from ..models.reward import RewardModel, aggregate
 from ..models.step_format import StepFormat
 from ..search.adapters import RewardScorer, StepPolicy
@@ -29,17 +30,26 @@ from .stages import chunks, first, required
 
 def _problems(config: stages.OnTask) -> tuple[Task, Sequence[Problem]]:
     task = load_task(config.task)
-    try:
-        problems = task.problems(config.split)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    if not problems:
-        raise UserError(f"task {task.name} has no problem in split {config.split!r}")
+    problems = _split(task, config.split)
     return task, first(problems, config.limit)
+
+
+def _split(task: Task, split: str) -> Sequence[Problem]:
+    """The problems of a split, after printing what the task left out of its data."""
+    try:
+        problems = task.problems(split)
+    except ValueError as error:
+        raise UserError(f"task {task.name}: {error}") from None
+    if not problems:
+        raise UserError(f"task {task.name} has no problem in split {split!r}")
+    if dropped := getattr(task, "dropped", None):
+        print(f"task {task.name}: left out " + ", ".join(f"{n} {what}" for what, n in dropped.items()), flush=True)
+    return problems
 
 
 def _policy(config: stages.WithPolicy, task: Task, *, keep_prefixes: bool = False) -> tuple[Engine, StepFormat]:
     required(config, "policy")
+    _check_device(config.device)
     engine = load_engine(
         config.policy,
         backend=config.backend,
@@ -52,15 +62,56 @@ def _policy(config: stages.WithPolicy, task: Task, *, keep_prefixes: bool = Fals
     step_format = load_policy_format(config.policy, engine.tokenizer, task.step_separator)
     if not Path(config.policy, "step_format.json").is_file():
         chat = step_format.chat if config.chat is None else config.chat
-        step_format = dataclasses.replace(
-            step_format, chat=chat, prompt_template=config.prompt_template, system=config.system
-        )
-    elif step_format.separator != task.step_separator:
+        try:
+            step_format = dataclasses.replace(
+                step_format, chat=chat, prompt_template=config.prompt_template, system=config.system
+            )
+        except ValueError as error:
+            raise UserError(f"{config.policy}: {error}") from None
+        return engine, step_format
+    if step_format.separator != task.step_separator:
         raise UserError(
             f"{config.policy}: its step format ends a step with {step_format.separator!r}, "
             f"task {task.name} with {task.step_separator!r}"
         )
+    # What is told for policies without a step format must not be lost on one that has its own.
+    for name, unset in (("chat", None), ("prompt_template", "{prompt}"), ("system", None)):
+        told, own = getattr(config, name), getattr(step_format, name)
+        if told != unset and told != own:
+            raise UserError(
+                f"{config.policy}: its step_format.json says {name} {own!r}, found {name} {told!r}; "
+                "a policy with a step format is asked as it was trained"
+            )
     return engine, step_format
+
+
+def _check_device(name: str) -> None:
+    if name != "auto":
+        import torch
+
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"device {name!r} cannot be used here ({str(error).splitlines()[0]})") from None
+
+
+_LOOKED_AT = 1000  # prompts; enough to see that a policy belongs to another task
+
+
+def _check_words(policy: str, engine: Engine, step_format: StepFormat, prompts: Sequence[str]) -> None:
+    """Tells of prompts with words that the tokenizer does not know; raises UserError if they are more than half."""
+    tokenizer = engine.tokenizer
+    unknown = tokenizer.unk_token_id
+    # Byte-level tokenizers know every word, and often name a token that begins or ends a text here.
+    if unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        return
+    seen = list(dict.fromkeys(prompts))[:_LOOKED_AT]
+    count = sum(unknown in step_format.encode_prompt(tokenizer, prompt) for prompt in seen)
+    if count:
+        told = f"{policy}: {count} of {len(seen)} prompts hold words that its tokenizer does not know"
+        if 2 * count > len(seen):
+            raise UserError(f"{told}; was it made for another task?")
+        print(told, flush=True)
 
 
 def _sampling(config: stages.WithPolicy) -> Sampling:
@@ -95,6 +146,9 @@ def make_solutions(config: stages.Solutions, out: Path) -> bool:
     def work(unit: Sequence[Problem]) -> UnitResult[Solution]:
         if not engine_and_format:
             engine_and_format.extend(_policy(config, task))
+            _check_words(
+                config.policy, engine_and_format[0], engine_and_format[1], [problem.prompt for problem in problems]
+            )
             engine_and_format[1].save(make_folder(out))
         engine, step_format = engine_and_format
         return sample_solutions(
@@ -113,7 +167,7 @@ def make_step_labels(config: stages.StepLabelling, out: Path) -> bool:
     for row in read_rows(config.solutions, Solution):
         grouped.setdefault(row.problem_id, []).append(row)
     groups = [first(rows, config.per_problem) for rows in first(list(grouped.values()), config.limit)]
-    problems = {problem.id: problem for problem in task.problems(config.split)}
+    problems = {problem.id: problem for problem in _split(task, config.split)}
     missing = next((rows[0].problem_id for rows in groups if rows[0].problem_id not in problems), None)
     if missing is not None:
         raise UserError(f"{config.solutions}: problem {missing} is not in split {config.split!r} of task {task.name}")
@@ -123,6 +177,7 @@ def make_step_labels(config: stages.StepLabelling, out: Path) -> bool:
     def work(unit: Sequence[Sequence[Solution]]) -> UnitResult[StepLabels]:
         if not engine_and_format:
             engine_and_format.extend(_policy(config, task))
+            _check_words(config.policy, engine_and_format[0], engine_and_format[1], [rows[0].prompt for rows in groups])
             engine_and_format[1].save(make_folder(out))
         engine, step_format = engine_and_format
         return monte_carlo_labels(
@@ -142,6 +197,7 @@ def make_best_solutions(config: stages.BestSolutions, out: Path) -> bool:
         reward = RewardModel.load(config.reward, dtype=config.dtype)
         how = reward.step_format.aggregation
         scored = reward.score([(row.prompt, row.steps) for row in solutions])
+        tell_cut_steps(reward)
         scores = [aggregate(one, how) for one in scored]
     result = best_solutions(
         solutions, scores, per_problem=config.per_problem, separator=config.separator, seed=config.seed
@@ -159,10 +215,10 @@ def import_prm800k(config: stages.ImportPRM800K, out: Path) -> bool:
 
 
 def copy_model(config: stages.CopyModel, out: Path) -> bool:
-    """A checkpoint at its place in the run."""
+    """A checkpoint at its place in the run: that of the package, a folder's, or one from the hub."""
     source = Path(__file__).parent.parent / "models" / "lab_policy" if config.source == "lab" else Path(config.source)
     if not source.is_dir():
-        raise UserError(f"{source}: no such model folder")
+        source = hub_folder(config.source)
     with told_as_user_error(f"copy {source} to {out}"):
         shutil.copytree(source, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     return True
@@ -178,6 +234,7 @@ def make_beam(config: stages.Beam, out: Path) -> bool:
     def work(unit: Sequence[Problem]) -> UnitResult[Solution]:
         if not parts:
             engine, step_format = _policy(config, task, keep_prefixes=True)
+            _check_words(config.policy, engine, step_format, [problem.prompt for problem in problems])
             reward = RewardModel.load(config.reward, dtype=config.reward_dtype, keep_prefixes=True)
             parts.extend([engine, reward, StepPolicy(engine, step_format, task.step_separator, _sampling(config))])
             parts.append(RewardScorer(reward, config.aggregation))
@@ -189,7 +246,11 @@ def make_beam(config: stages.Beam, out: Path) -> bool:
         )  # fmt: skip
         source = Source(config.policy, engine.name, task.name, config.seed)
         rows = []
+        dropped: Counter[str] = Counter()
         for problem, result in zip(unit, found, strict=True):
+            if all(state.stop == StopReason.CONTEXT.value and not state.steps for state in result.finals):
+                dropped["prompts longer than the context"] += 1
+                continue
             for number, state in enumerate(result.finals):
                 ids = state.ids[state.prompt_length :]
                 text = engine.tokenizer.decode(ids, skip_special_tokens=True)
@@ -201,9 +262,19 @@ def make_beam(config: stages.Beam, out: Path) -> bool:
                         step_ends=(), logprob=state.logprob, source=source,
                     )
                 )  # fmt: skip
-        return UnitResult(rows, ledger=engine.ledger + reward.ledger - before)
+        return UnitResult(rows, dropped, engine.ledger + reward.ledger - before)
 
     return _finish(out, make_rows(out, Solution, units, work, shard=Shard.parse(config.shard), progress=out.name))
+
+
+def tell_cut_steps(reward: RewardModel) -> None:
+    """Prints how many steps a reward model could not read, if there are any."""
+    if reward.cut_steps:
+        print(
+            f"{reward.name}: {reward.cut_steps} steps did not fit into the context of {reward.context} tokens "
+            "and took the score before them",
+            flush=True,
+        )
 
 
 def process_count() -> int:

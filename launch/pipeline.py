@@ -23,8 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..basics import UserError, canonical_json, fingerprint, fingerprint_path, make_folder, read_json, write_json
+from ..basics import (
+    UserError,
+    canonical_json,
+    fingerprint,
+    fingerprint_path,
+    make_folder,
+    read_json,
+    told_as_user_error,
+    write_json,
+)
 from ..config import build, merge, read_yaml, unknown_key
+from ..data_gen.store import ROWS_FILE
 from .stages import STAGES, config_class
 
 DONE, STARTED = "done.json", "started.json"
@@ -50,7 +60,7 @@ def run_recipe(recipe: Mapping[str, Any], out: Path, where: str) -> None:
         if _is(folder / DONE, mark):
             print(f"{head}: already there, inputs unchanged", flush=True)
             continue
-        if folder.exists() and not _is(folder / STARTED, mark):
+        if _holds_work(folder) and not _is(folder / STARTED, mark):
             print(
                 f"{head}: its inputs or settings changed; what was there is kept in {_set_aside(folder).name}",
                 flush=True,
@@ -67,12 +77,33 @@ def run_recipe(recipe: Mapping[str, Any], out: Path, where: str) -> None:
         print(f"{head}: done in {seconds:.0f} s", flush=True)
 
 
+def claim(folder: Path, kind: str, config: Any) -> None:
+    """Marks a folder as that of one stage with these settings and inputs; raises UserError if it is that of others.
+
+    Rows of other settings would else be taken for finished ones, or mixed with them.
+    """
+    values = dataclasses.asdict(config)
+    mark = fingerprint({"do": kind, "config": _counted(values, folder), "inputs": _inputs(values, folder, {})})
+    made = [folder / ROWS_FILE, *folder.glob("part-*.jsonl")]
+    if (
+        (folder / STARTED).is_file()
+        and not _is(folder / STARTED, mark)
+        and any(p.is_file() and p.stat().st_size for p in made)
+    ):
+        raise UserError(f"{folder}: holds rows of other settings or inputs; give another --out, or remove the folder")
+    make_folder(folder)
+    write_json(folder / STARTED, {"fingerprint": mark})
+
+
 def plan(recipe: Mapping[str, Any], out: Path, where: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """Stage name -> (kind, config values), every value checked before anything runs."""
     stages = recipe.get("stages")
     if not isinstance(stages, Mapping) or not stages:
         raise UserError(f"{where}: stages is missing: a recipe names its stages there")
-    shared = {**(recipe.get("defaults") or {}), **({"seed": recipe["seed"]} if "seed" in recipe else {})}
+    defaults = recipe.get("defaults") or {}
+    if not isinstance(defaults, Mapping):
+        raise UserError(f"{where}: defaults must be keys and values, found {defaults!r}")
+    shared = {**defaults, **({"seed": recipe["seed"]} if "seed" in recipe else {})}
     planned: dict[str, tuple[str, dict[str, Any]]] = {}
     used: set[str] = set()
     for name, values in stages.items():
@@ -128,12 +159,20 @@ def _inputs(config: Mapping[str, Any], out: Path, fingerprints: Mapping[str, str
     found = {}
     for text in _texts({k: v for k, v in config.items() if k not in NOT_INPUTS}):
         path = Path(text)
-        if text and out in path.parents:
-            name = path.relative_to(out).parts[0]
-            found["@" + path.relative_to(out).as_posix()] = fingerprints[name]
-        elif text and len(text) < 4096 and ("/" in text or "." in text) and path.exists():
+        inside = path.relative_to(out) if text and out in path.parents else None
+        # With the current folder as the run every relative text looks as if it were inside.
+        if inside is not None and inside.parts[0] in fingerprints:
+            found["@" + inside.as_posix()] = fingerprints[inside.parts[0]]
+        elif ("/" in text or "." in text) and _exists(path):
             found[text] = fingerprint_path(path)
     return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a prompt template is longer than any path may be
+        return False
 
 
 def _counted(config: Mapping[str, Any], out: Path) -> Any:
@@ -146,11 +185,17 @@ def _is(path: Path, mark: str) -> bool:
     return path.is_file() and read_json(path).get("fingerprint") == mark
 
 
+def _holds_work(folder: Path) -> bool:
+    # A kill right after a folder was made leaves it empty, or with the unfinished copy of its first file.
+    return folder.exists() and any(not path.name.startswith(f".{STARTED}.") for path in folder.glob("*"))
+
+
 def _set_aside(folder: Path) -> Path:
     number = 1
     while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
-    folder.rename(target)
+    with told_as_user_error(f"keep {folder} as {target.name}"):
+        folder.rename(target)
     return target
 
 

@@ -17,6 +17,13 @@ from ..config import option
 T = TypeVar("T")
 
 
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Raises ValueError if one of the fields is less than `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be {least} or more, found {getattr(config, name)}")
+
+
 @dataclass
 class OnTask:
     """What every stage over problems is told."""
@@ -47,8 +54,8 @@ class WithPolicy(OnTask):
     system: str | None = option(None, "system message, for a policy that has no step format")
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.batch_size < 1 or self.unit_problems < 1:
-            raise ValueError("max_new_tokens, batch_size and unit_problems must be 1 or more")
+        at_least(self, 1, "max_new_tokens", "batch_size", "unit_problems")
+        at_least(self, 0, "limit")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature must be 0 or more and top_p must lie in (0, 1]")
 
@@ -64,6 +71,10 @@ class Solutions(WithPolicy):
 
     samples: int = option(8, "solutions of each problem")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "samples")
+
 
 @dataclass
 class StepLabelling(WithPolicy):
@@ -73,6 +84,11 @@ class StepLabelling(WithPolicy):
     per_problem: int = option(0, "label at most so many solutions of a problem, the first sampled; 0 for all")
     rollouts: int = option(8, "continuations of each prefix")
     unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "rollouts")
+        at_least(self, 0, "per_problem")
 
 
 @dataclass
@@ -85,6 +101,9 @@ class BestSolutions:
     separator: str = option("\n", "text between steps")
     dtype: str = option("float32", "precision of the reward model")
     seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_problem")
 
 
 @dataclass
@@ -100,7 +119,7 @@ class ImportPRM800K:
 class CopyModel:
     """Copies a checkpoint: `lab` is the starting policy that ships with the package."""
 
-    source: str = option("lab", "lab, or a checkpoint folder")
+    source: str = option("lab", "lab, a checkpoint folder, or a hub id")
 
 
 @dataclass
@@ -117,6 +136,7 @@ class Beam(WithPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_least(self, 1, "max_depth")
         if not 1 <= self.width <= self.beams:
             raise ValueError(f"1 <= width <= beams must hold, found width {self.width} and beams {self.beams}")
 

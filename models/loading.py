@@ -112,9 +112,21 @@ def load_engine(
     raise UserError(f"backend must be transformers, vllm or openai, found {backend!r}")
 
 
+def hub_folder(name: str) -> Path:
+    """The local folder of a hub id's checkpoint (safetensors, configuration and tokenizer), fetched if it is not there yet."""
+    from huggingface_hub import snapshot_download
+
+    _check_folder(name)
+    try:
+        found = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name}: neither a folder nor a model of the hub could be read ({_first_line(error)})") from error
+    return Path(found)
+
+
 def _check_folder(path: str) -> None:
     # A path that looks local must not be asked of a hub: the hub's error would speak of repository names.
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
         raise UserError(f"{path}: no such model folder")
 

@@ -92,10 +92,13 @@ class RewardModel:
 
     @torch.inference_mode()
     def score_encoded(self, solutions: Sequence[Encoded]) -> list[list[float]]:
-        """Scores [B][1 + T_b] at the root and at each step's end, from token ids."""
+        """Scores [B][1 + T_b] at the root and at each step's end, from token ids. Equal solutions are computed once."""
         results: list[list[float]] = [[] for _ in solutions]
         jobs = []
+        first_of: dict[Encoded, int] = {}
         for index, one in enumerate(solutions):
+            if first_of.setdefault(one, index) != index:
+                continue
             ends = [one.root, *one.step_ends]
             fitting = [e for e in ends if e < self.context]
             self.cut_steps += sum(e >= self.context for e in one.step_ends)
@@ -123,7 +126,7 @@ class RewardModel:
                     size += 1
                 self._score_batch(jobs[:size], results)
                 jobs = jobs[size:]
-        return results
+        return [results[first_of[one]] for one in solutions]
 
     def _score_batch(
         self, jobs: Sequence[tuple[int, tuple[int, ...], list[int], int, int, Any]], results: list[list[float]]

@@ -12,9 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
-from ..basics import UserError
+from ..basics import UserError, fold_seed
 from .answers import AnswerKind, canonical, grade, read_answer
 from .base import Problem, Verdict, split_on
+from .equations import worked_solution
 from .records import Unusable, field_value, read_choices, read_records
 from .splits import alike_groups, draw_split, same_text
 
@@ -29,6 +30,7 @@ class Source:
     answer_field: str = ""
     id_field: str = ""
     solution_field: str = ""
+    equation_field: str = ""
     records_key: str = ""
 
 
@@ -53,6 +55,7 @@ class TextTask:
     choices_field: str = ""  # for answer_kind choice
     show_choices: bool = True  # write the choices under the question; false if the question already has them
     solution_field: str = ""  # a reference solution, for demonstrations
+    equation_field: str = ""  # or an expression of numbers, from which one is worked out, one operation a line
     solution_drop: str = ""  # regular expression of what to leave out of reference solutions
     id_field: str = ""
     records_key: str = ""  # where a JSON file keeps its list of records
@@ -122,7 +125,10 @@ class TextTask:
         return list(names)
 
     def problems(self, split: str) -> list[Problem]:
-        """The problems of a split, in the order of the sources. Raises UserError for an unknown split or unusable data."""
+        """The problems of a split. Raises UserError for an unknown split or unusable data.
+
+        Those of one source keep its order; several sources are mixed by a hash of the ids, so that the first N stand for all.
+        """
         if split not in self.split_names:
             near = difflib.get_close_matches(split, self.split_names, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
@@ -182,6 +188,8 @@ class TextTask:
         made: dict[str, list[Problem]] = {}
         for _, split, problem in kept.values():
             made.setdefault(split, []).append(problem)
+        if len(self._sources) > 1:
+            made = {s: sorted(problems, key=lambda p: fold_seed("order", p.id)) for s, problems in made.items()}
         return made, dropped
 
     def _shares(self, source: Source) -> Mapping[str, float]:
@@ -211,6 +219,12 @@ class TextTask:
             if not isinstance(solution, str):
                 raise UserError(f"{where}: field {expression!r} must be text, found {type(solution).__name__}")
             meta["solution"] = re.sub(self.solution_drop, "", solution) if self.solution_drop else solution
+        expression = source.equation_field or self.equation_field
+        equation = field_value(expression, record, where) if expression else None
+        if solution is None and equation is not None:
+            worked = worked_solution(str(equation), answer)
+            if worked is not None:
+                meta["solution"] = self.step_separator.join(worked)
         expression = source.id_field or self.id_field
         own = field_value(expression, record, where) if expression else None
         return Problem(
@@ -352,6 +366,7 @@ def word_problems(
         "sources": {name: path for name, path in paths.items() if path},
         "prompt_field": "{Body!sentence} {Question}|input|question",
         "answer_field": "Answer|target|final_ans|output_answer|answer",
+        "equation_field": "Equation|",  # SVAMP has it
     }
     return TextTask(**{**preset, **overrides})
 

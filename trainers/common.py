@@ -19,6 +19,7 @@ from ..config import from_command_line, option
 from ..models.loading import load_model, load_tokenizer
 from ..models.step_format import StepFormat
 
+HEADS = ("score", "classifier")  # names of the head in transformers' token-classification models
 WHOLE = "whole.json"  # written into a checkpoint after everything else: without it the checkpoint was cut short
 
 
@@ -241,6 +242,8 @@ def start_model(auto_class: Any, args: StepladderArguments, **settings: Any) -> 
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules="all-linear",
+        # A new head is trained in full (peft does that for its task type): adapters on it would be no head at all.
+        exclude_modules=list(HEADS) if task == TaskType.TOKEN_CLS else None,
         task_type=task,
     )
     torch.manual_seed(args.seed)
