@@ -235,11 +235,12 @@ def describe(cls: type, prog: str) -> str:
     Fields inherited from transformers' TrainingArguments are named in one line: they have their own documentation.
     """
     own = [f for f in dataclasses.fields(cls) if "help" in f.metadata and f.metadata.get("ours", True)]
-    inherited = any(c.__name__ == "TrainingArguments" for c in cls.__mro__)
+    names_of_classes = [c.__name__ for c in cls.__mro__]
+    inherited = "TrainingArguments" in names_of_classes
     if inherited:
-        names = {
-            n for c in cls.__mro__ if c.__module__.startswith("stepladder") for n in vars(c).get("__annotations__", {})
-        }
+        # Not by the module's name: of a class in a program started with `python -m` that is __main__.
+        ours = cls.__mro__[: names_of_classes.index("TrainingArguments")]
+        names = {n for c in ours for n in vars(c).get("__annotations__", {})}
         own = [f for f in own if f.name in names]
     lines = [f"usage: {prog} --config FILE [--key value ...]", "", (cls.__doc__ or "").strip().splitlines()[0], ""]
     for field in own:

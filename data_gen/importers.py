@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..basics import UserError, fold_seed, read_json, read_jsonl
+from ..basics import UserError, fold_seed, read_jsonl
+from ..tasks.records import read_records
 from .rows import Source, StepLabels
 from .store import UnitResult
 
@@ -125,14 +126,11 @@ def _flat(records: list[dict[str, Any]], where: str) -> Iterator[_Rated]:
 
 
 def process_bench(path: str | Path) -> list[dict[str, Any]]:
-    """ProcessBench records of a JSON list or JSON Lines file: id, problem, steps, label (-1: no error), final_answer_correct."""
-    path = Path(path)
-    records = read_json(path) if path.suffix == ".json" else [r for _, r in read_jsonl(path)]
-    if not isinstance(records, list) or not records:
+    """ProcessBench records of a file or hub split: id, problem, steps, label (-1: no error), final_answer_correct."""
+    records = [record for _, record in read_records(str(path))]
+    if not records:
         raise UserError(f"{path}: expected a list of ProcessBench records, found none")
     for i, record in enumerate(records, 1):
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, record {i}: expected a JSON object, found {type(record).__name__}")
         missing = [k for k in ("problem", "steps", "label") if k not in record]
         if missing:
             raise UserError(f"{path}, record {i}: field {missing[0]} is missing (found {', '.join(record)})")

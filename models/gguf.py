@@ -48,6 +48,7 @@ def _read(path: Path, dtype: str) -> tuple[Any, Any]:
         loaded = AutoModelForCausalLM.from_pretrained(
             str(path.parent), gguf_file=path.name, dtype=getattr(torch, dtype)
         )
+        _name_special_tokens(tokenizer, path)
     except Exception as error:
         # A broken file makes its readers fail in any way (struct, numpy, tokenizers); all of them mean the same to the user.
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -69,6 +70,17 @@ def _read(path: Path, dtype: str) -> tuple[Any, Any]:
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
     return model, tokenizer
+
+
+def _name_special_tokens(tokenizer: Any, path: Path) -> None:
+    """Sets the special tokens that the file names; transformers 5.16 guesses them from the architecture."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(field.contents())))
 
 
 def _plain_config(config: Any, tokenizer: Any) -> Any:

@@ -120,7 +120,9 @@ def hub_folder(name: str) -> Path:
     try:
         found = snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"])
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{name}: neither a folder nor a model of the hub could be read ({_first_line(error)})") from error
+        raise UserError(
+            f"{name}: neither a folder nor a model of the hub could be read ({_first_line(error)})"
+        ) from error
     return Path(found)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..basics import UserError, fold_seed, make_folder
+from ..basics import UserError, fold_seed, make_folder, write_atomic, write_json
 from ..config import from_command_line, option
 from ..models.loading import load_model, load_tokenizer
-from ..models.step_format import StepFormat
+from ..models.step_format import FILE_NAME, StepFormat
 
 HEADS = ("score", "classifier")  # names of the head in transformers' token-classification models
+FSDP2, FSDP1 = "FSDPModule (fully_shard)", "FullyShardedDataParallel"
+ENGINE = "engine.json"  # in the output folder: what really trained the model
 WHOLE = "whole.json"  # written into a checkpoint after everything else: without it the checkpoint was cut short
 
 
@@ -57,7 +60,28 @@ class StepladderArguments(TrainingArguments):
             raise ValueError(f"max_length must be 2 or more, found {self.max_length}")
         if self.lora_r < 0:
             raise ValueError(f"lora_r must be 0 or more, found {self.lora_r}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            # Not told this, transformers would train as many models as there are processes.
+            self.use_cpu = True
+        if self.use_cpu and _flag("ACCELERATE_USE_FSDP"):
+            # With it only the first process loads weights; accelerate (1.15) shards nothing between CPU processes, and the
+            # others would stay empty. TellEngine says what was built.
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        if _flag("ACCELERATE_USE_DEEPSPEED") and not (self.bf16 or self.fp16):
+            # transformers takes the precision of accelerate's configuration, and then refuses it for not being these.
+            self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+            self.fp16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
         super().__post_init__()
+
+    def check_given(self, *names: str) -> None:
+        """Raises ValueError for the first of the named fields that is empty."""
+        for name in names:
+            if not getattr(self, name):
+                raise ValueError(f"{name} is missing: {type(self).__dataclass_fields__[name].metadata['help']}")
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 class Examples(Dataset):
@@ -124,6 +148,7 @@ class StepladderTrainer(Trainer):
         # the item count out.
         self.model_accepts_loss_kwargs = True
         self._extra: dict[str, list[float]] = {}
+        self._evaluated: list[torch.Tensor] = []  # (loss sum, items) of each evaluated micro-batch
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Number of items (labelled steps, sequences, tokens ...) of a micro-batch, a scalar."""
@@ -148,17 +173,58 @@ class StepladderTrainer(Trainer):
                 self._extra.setdefault(name, []).append(value)
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def _prepare_input(self, data: Any) -> Any:
+        # Under DeepSpeed the parent casts floats to the model's precision; soft labels and weights never enter the model.
+        return data.to(self.args.device) if isinstance(data, torch.Tensor) else super()._prepare_input(data)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
+        size, state = len(inputs["input_ids"]), self.accelerator.gradient_state
+        real = size
+        if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
+            # The last batches of the processes are filled up with rows from the start, so that all have the same length.
+            real = min(max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0), size)
+        kept = {
+            name: value[: max(real, 1)] for name, value in inputs.items()
+        }  # one at least: every process runs the model
         with torch.no_grad():
-            loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+            total, items = self.loss_sum(model, kept)[0].float(), self.count_items(kept).to(self.args.device)
+        self._evaluated.append(torch.stack([total, items.float()]) * (real > 0))
+        return total / items.clamp(min=1), None, None
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As the parent's, with a loss that is divided by the items of all batches and processes."""
+        self._evaluated = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        total, items = self.accelerator.reduce(torch.stack(self._evaluated).sum(0)).tolist()
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1)}
+        return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update({name: sum(v) / len(v) for name, v in self._extra.items() if v})
+            means = [sum(v) / len(v) for v in self._extra.values()]
+            if self.args.world_size > 1 and means:
+                means = self.accelerator.reduce(torch.tensor(means, device=self.args.device), "mean").tolist()
+            logs.update(zip(self._extra, means, strict=True))
             self._extra = {}
         super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # transformers deletes older checkpoints before anything says that this one is whole; MetricsFile does it afterwards.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Resumed where it ended, in the middle of an epoch, transformers trains one step more before it looks.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
@@ -167,15 +233,26 @@ class StepladderTrainer(Trainer):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends what the trainer logs to metrics.jsonl; after a resume, lines of steps that are trained again are dropped."""
+    """Appends what the trainer logs to metrics.jsonl, and marks checkpoints as whole.
+
+    A checkpoint knows what was logged before it. A resumed run writes those lines again and goes on from them, so that its
+    losses are those of an uninterrupted run.
+    """
 
     def __init__(self, folder: str) -> None:
         self.path = Path(folder) / "metrics.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if _step_of(line) <= state.global_step]
-            self.path.write_text("".join(line + "\n" for line in lines if state.global_step))
+            lines = [{"step": logs["step"], "epoch": logs.get("epoch"), **logs} for logs in state.log_history]
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # What is averaged between two lines is in no checkpoint: a checkpoint in between would lose it.
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    on_epoch_end = on_step_end
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and logs:
@@ -183,21 +260,82 @@ class MetricsFile(TrainerCallback):
                 file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
 
     def on_save(self, args, state, control, **kwargs):
+        args.distributed_state.wait_for_everyone()  # the others may still be writing their shares
         if state.is_world_process_zero:
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).write_text("{}\n")
+            _drop_old_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
 
 
-def _step_of(line: str) -> int:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return sys.maxsize  # a torn line belongs to no step
+def built_engine(model: torch.nn.Module) -> dict[str, Any]:
+    """What trains `model`, read from the wrapped object itself: `engine` (class), `zero_stage` and `processes`."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    found: dict[str, Any] = {"engine": type(model).__name__, "zero_stage": None}
+    stage: Any = getattr(model, "zero_optimization_stage", None)  # a DeepSpeedEngine's; DeepSpeed need not be installed
+    if stage is not None:
+        found["zero_stage"] = stage()
+    elif any(isinstance(part, FSDPModule) for part in model.modules()):
+        found["engine"] = FSDP2
+    elif any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+        found["engine"] = FSDP1
+    return {**found, "processes": torch.distributed.get_world_size() if parallel else 1}
+
+
+def engine_line(found: dict[str, Any]) -> str:
+    """What `built_engine` found, in words: `DeepSpeedEngine, ZeRO stage 3, 2 processes`."""
+    stage = f", ZeRO stage {found['zero_stage']}" if found["zero_stage"] is not None else ""
+    return f"{found['engine']}{stage}, {found['processes']} process{'es' if found['processes'] > 1 else ''}"
+
+
+class TellEngine(TrainerCallback):
+    """Prints what really trains the model and writes it to engine.json; stops if that is not what was asked for.
+
+    accelerate and transformers go on in silence without what they cannot build: between CPU processes FSDP becomes plain data
+    parallelism, and processes that found no backend train a model each.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        found = built_engine(self.trainer.model_wrapped)
+        built = engine_line(found)
+        if state.is_world_process_zero:
+            print(f"engine: {built}", flush=True)
+            write_json(Path(args.output_dir) / ENGINE, found)
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started > found["processes"]:
+            raise UserError(
+                f"{started} processes were started, but each would train a model of its own ({built}): "
+                "to train on CPUs, set use_cpu: true"
+            )
+        if (_flag("ACCELERATE_USE_FSDP") or args.fsdp) and found["engine"] not in (FSDP1, FSDP2):
+            raise UserError(
+                f"FSDP was asked for, but the model is not sharded ({built}): accelerate does so on GPUs only"
+            )
+        if (_flag("ACCELERATE_USE_DEEPSPEED") or args.deepspeed) and found["zero_stage"] is None:
+            raise UserError(f"DeepSpeed was asked for, but not built ({built}): unset ACCELERATE_USE_CPU")
 
 
 def newest_whole_checkpoint(folder: str) -> str | None:
     """The latest checkpoint in `folder` that was written to its end; None if there is none."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if (p / WHOLE).is_file()]
-    return str(max(found, key=lambda p: int(p.name.split("-")[1]))) if found else None
+    found = [p for p in _checkpoints(folder) if (p / WHOLE).is_file()]
+    return str(found[-1]) if found else None
+
+
+def _checkpoints(folder: str) -> list[Path]:
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def _drop_old_checkpoints(folder: str, limit: int | None, best: str | None) -> None:
+    if not limit or limit < 0:
+        return
+    for old in _checkpoints(folder)[:-limit]:
+        if best is None or old.name != Path(best).name:
+            (old / WHOLE).unlink(missing_ok=True)  # first: what is half deleted is not whole
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def pad_batch(items: Sequence[dict[str, Any]], fill: dict[str, float]) -> dict[str, torch.Tensor]:
@@ -226,10 +364,29 @@ def report_counts(what: str, counts: dict[str, int]) -> None:
         print(f"{what}: " + ", ".join(f"{n} {name}" for name, n in counts.items()), flush=True)
 
 
+def check_rows_layout(args: StepladderArguments, step_format: StepFormat) -> None:
+    """Raises UserError if a folder of rows has a step format that lays text out differently from the model's.
+
+    Rows are text: to train another kind of model on them, give the file of rows instead of its folder.
+    """
+    for folder in (args.rows, args.eval_rows):
+        if folder and Path(folder).is_dir() and Path(folder, FILE_NAME).is_file():
+            check_layout(StepFormat.load(folder), step_format, folder)
+
+
+def check_layout(rows_layout: StepFormat, model_layout: StepFormat, where: str) -> None:
+    """Raises UserError if two step formats lay text out differently."""
+    theirs, ours = rows_layout.layout(), model_layout.layout()
+    for name in ours:
+        if theirs[name] != ours[name]:
+            raise UserError(
+                f"{where}: the step format of the data has {name} {theirs[name]!r}, the model's has {ours[name]!r}; "
+                "scores would be read at the wrong tokens"
+            )
+
+
 def start_model(auto_class: Any, args: StepladderArguments, **settings: Any) -> Any:
     """The model to train, from `args.model`, with `settings` of its configuration and LoRA adapters if asked."""
-    if not args.model:
-        raise UserError("model is missing: the checkpoint to start from")
     torch.manual_seed(args.seed)  # a new head is drawn when the model is loaded
     model = load_model(auto_class, args.model, dtype=args.dtype, settings=settings)
     if not args.lora_r:
@@ -259,6 +416,7 @@ def fit(trainer: StepladderTrainer, tokenizer: Any, step_format: StepFormat) -> 
     make_folder(args.output_dir)
     if trainer.args.report_to and "wandb" in trainer.args.report_to:
         _track_config(trainer, step_format)
+    trainer.add_callback(TellEngine(trainer))
     result = trainer.train(resume_from_checkpoint=newest_whole_checkpoint(args.output_dir))
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
@@ -289,19 +447,31 @@ def save_final(trainer: StepladderTrainer, tokenizer: Any, step_format: StepForm
         trainer.save_model(str(folder / "adapter"))
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
-            _merge_adapter(trainer.args, type(model.get_base_model()), folder, model.get_base_model().config)
+            _merge_adapter(trainer.args, _plain_class(model.get_base_model()), folder, model.get_base_model().config)
     else:
         trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
+        for written in (folder, folder / "adapter"):
+            (written / "training_args.bin").unlink(missing_ok=True)  # a pickle, and everything in it is in the recipe
         tokenizer.save_pretrained(folder)
         step_format.save(folder)
     trainer.accelerator.wait_for_everyone()
 
 
+def _plain_class(model: Any) -> Any:
+    """The model's class as transformers wrote it: fully_shard puts a class of its own before it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+
+
 def _merge_adapter(args: StepladderArguments, model_class: Any, folder: Path, config: Any) -> None:
     # From disk and not from the trained object: under ZeRO-3 and FSDP no process holds whole weights.
     from peft import PeftModel
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    # Under ZeRO-3 transformers would split what is loaded among all processes, and wait for the others for ever.
+    unset_hf_deepspeed_config()
     torch.manual_seed(args.seed)
     base = load_model(model_class, args.model, dtype=args.dtype, config=config)
     PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder)
@@ -314,6 +484,10 @@ def run_trainer(config_class: type, train: Callable[[Any], Any], prog: str) -> N
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Left to the interpreter's end, a backend's threads sometimes abort a process whose training went well.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 __all__ = [

@@ -25,8 +25,10 @@ def step_bce(log_odds: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) 
     L = -[y log p + (1 - y) log(1 - p)], p = sigmoid(log_odds), y in [0, 1]    Math-Shepherd (arXiv:2312.08935) Eq. 3; a soft
     target y is the share of right continuations (arXiv:2408.03314 appendix D).
     """
-    # Masked positions may hold anything; 0 * nan is nan, so they are replaced before the loss and not multiplied after it.
-    loss = F.binary_cross_entropy_with_logits(log_odds, torch.where(mask, targets, 0.0), reduction="none")
+    # Masked positions may hold anything; 0 * nan is nan, in the loss and in its gradient, so both arguments are replaced before
+    # the loss and not multiplied after it.
+    log_odds, targets = torch.where(mask, log_odds, 0.0), torch.where(mask, targets, 0.0)
+    loss = F.binary_cross_entropy_with_logits(log_odds, targets, reduction="none")
     return torch.where(mask, loss, 0.0)
 
 
@@ -35,7 +37,7 @@ def step_mse(log_odds: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) 
 
     The verifier loss of Cobbe et al. (arXiv:2110.14168, section 4.2).
     """
-    error = torch.sigmoid(log_odds) - torch.where(mask, targets, 0.0)
+    error = torch.sigmoid(torch.where(mask, log_odds, 0.0)) - torch.where(mask, targets, 0.0)
     return torch.where(mask, error * error, 0.0)
 
 
@@ -43,8 +45,9 @@ def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[tor
     """(nats [B, S-1], mask [B, S-1]) of predicting labels[:, 1:] from logits[:, :-1]; label -100 is masked."""
     shifted = labels[:, 1:]
     mask = shifted != -100
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), shifted, ignore_index=-100, reduction="none")
-    return losses, mask
+    # Trained positions alone are picked: what the others hold cannot enter, and their logits are not copied to float32.
+    trained = F.cross_entropy(logits[:, :-1][mask].float(), shifted[mask], reduction="none")
+    return torch.zeros(mask.shape, dtype=trained.dtype, device=trained.device).masked_scatter(mask, trained), mask
 
 
 def weighted_sft(
@@ -63,7 +66,9 @@ def weighted_sft(
 
     Args: losses [B, S] nats; mask [B, S]; sequence_weight [B]; token_weight [B, S] or None for ones.
     """
-    weighted = torch.where(mask, losses if token_weight is None else losses * token_weight, 0.0)
+    weighted = torch.where(mask, losses, 0.0)
+    if token_weight is not None:
+        weighted = weighted * torch.where(mask, token_weight, 0.0)
     per_sequence = weighted.sum(1)
     if reduction == "sequence":
         per_sequence = per_sequence / mask.sum(1).clamp(min=1)

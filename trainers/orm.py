@@ -29,6 +29,9 @@ def orm_example(
     row: Solution, tokenizer: Any, step_format: StepFormat, args: ORMArguments, counts: Counter[str]
 ) -> dict[str, Any] | None:
     """The outcome as target at every token of the solution, or at the last separator alone."""
+    if row.outcome == "timeout":
+        counts["rows dropped: check timed out"] += 1  # nothing is known about its answer
+        return None
     encoded = step_format.encode(tokenizer, row.prompt, row.steps)
     if not row.steps:
         counts["rows dropped: empty solution"] += 1
@@ -47,9 +50,8 @@ def train(args: ORMArguments) -> dict[str, float]:
 
     def make_examples(path: str, tokenizer: Any, step_format: StepFormat) -> Examples:
         rows = pick_rows(read_rows(path, Solution), args.max_rows, args.seed)
-        known = [row for row in rows if row.outcome != "timeout"]  # a check that ran out of time says nothing
         counts: Counter[str] = Counter()
-        items = [e for row in known if (e := orm_example(row, tokenizer, step_format, args, counts)) is not None]
+        items = [e for row in rows if (e := orm_example(row, tokenizer, step_format, args, counts)) is not None]
         return finish_examples(path, items, counts, report_counts)
 
     return train_reward(args, make_examples, "outcome")

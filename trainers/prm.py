@@ -48,7 +48,7 @@ def train(args: PRMArguments) -> dict[str, float]:
 
     def make_examples(path: str, tokenizer: Any, step_format: StepFormat) -> Examples:
         counts: Counter[str] = Counter()
-        source = rows if path == args.rows else read_rows(path, StepLabels)
+        source = rows if path == args.rows else pick_rows(read_rows(path, StepLabels), args.max_rows, args.seed)
         items = [e for row in source if (e := prm_example(row, tokenizer, step_format, args, counts)) is not None]
         return finish_examples(path, items, counts, report_counts)
 

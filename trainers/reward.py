@@ -12,13 +12,14 @@ import torch
 from ..basics import UserError
 from ..config import option
 from ..models.loading import load_policy_format, load_tokenizer
-from ..models.step_format import Encoded, Head, LabelKind, StepFormat
+from ..models.step_format import Encoded, Head, LabelKind
 from . import losses
 from .common import (
     Examples,
     MetricsFile,
     StepladderArguments,
     StepladderTrainer,
+    check_rows_layout,
     fit,
     make_folder,
     pad_batch,
@@ -35,6 +36,7 @@ class RewardArguments(StepladderArguments):
     separator: str = option("\n", "text that ends a step, for a base model that has no step format yet")
 
     def __post_init__(self) -> None:
+        self.check_given("model", "rows")
         if self.head not in ("two_class", "scalar"):
             raise ValueError(f"head must be two_class or scalar, found {self.head!r}")
         if self.loss not in ("bce", "mse"):
@@ -101,6 +103,7 @@ def train_reward(args: RewardArguments, make_examples: Any, label_kind: LabelKin
     tokenizer = load_tokenizer(args.model)
     head: Head = "two_class" if args.head == "two_class" else "scalar"
     step_format = load_policy_format(args.model, tokenizer, args.separator).for_reward(head, label_kind)
+    check_rows_layout(args, step_format)
     data = make_examples(args.rows, tokenizer, step_format)
     held_out = make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None
     # Dropout on the head would make scores of the same text differ between training and use.
@@ -124,14 +127,3 @@ def finish_examples(path: str, items: list[dict[str, Any]], counts: Counter[str]
     if not items:
         raise UserError(f"{path}: no row can be trained on ({', '.join(f'{n} {k}' for k, n in counts.items())})")
     return Examples(items)
-
-
-def check_layout(rows_layout: StepFormat, model_layout: StepFormat, where: str) -> None:
-    """Raises UserError if two step formats lay text out differently."""
-    theirs, ours = rows_layout.layout(), model_layout.layout()
-    for name in ours:
-        if theirs[name] != ours[name]:
-            raise UserError(
-                f"{where}: the step format of the data has {name} {theirs[name]!r}, the model's has {ours[name]!r}; "
-                "scores would be read at the wrong tokens"
-            )

@@ -27,6 +27,7 @@ from .common import (
     MetricsFile,
     StepladderArguments,
     StepladderTrainer,
+    check_rows_layout,
     fit,
     pad_batch,
     pick_rows,
@@ -47,6 +48,9 @@ class SFTArguments(StepladderArguments):
     )
 
     def __post_init__(self) -> None:
+        if not self.lab_model:
+            self.check_given("model")
+        self.check_given("rows")
         if self.reduction not in ("sequence", "token"):
             raise ValueError(f"reduction must be sequence or token, found {self.reduction!r}")
         super().__post_init__()
@@ -108,22 +112,35 @@ def _chat(row: Dialogue, tokenizer: Any, step_format: StepFormat) -> tuple[list[
             continue
         # Where this turn's text begins: after everything before it, rendered with the header of an assistant turn.
         head = tokenizer.apply_chat_template(messages[: number + shift], tokenize=False, add_generation_prompt=True)
-        begin = len(head) if text.startswith(head) else -1
-        if begin < 0 or not text[begin:].lstrip().startswith(turn.content.strip()):
+        place = _place(text[len(head) :], turn.content) if text.startswith(head) else None
+        if place is None:
             raise UserError(
                 f"row {row.problem_id}: the chat template does not keep turn {number} as written; it cannot be masked"
             )
-        begin += len(text[begin:]) - len(text[begin:].lstrip())
-        content_end = begin + len(turn.content.strip())
+        origin, content_end = len(head) + place[0], len(head) + place[1]
         # The template's end-of-turn token right behind the text is trained with it: it is how a policy learns to stop.
         closing = next((k for k, (s, _) in enumerate(offsets) if s >= content_end), None)
         for k, (start, end) in enumerate(offsets):
-            inside = start >= begin and end <= content_end and end > start
-            if (inside and not _masked(turn, start - begin, end - begin)) or (
+            # From the end of the header on, where a policy begins to write, be it with a space of the template's.
+            inside = start >= len(head) and end <= content_end and end > start
+            if (inside and not _masked(turn, start - origin, end - origin)) or (
                 k == closing and ids[k] in _stops(tokenizer)
             ):
                 labels[k], weights[k] = ids[k], turn.weight
     return ids, labels, weights
+
+
+def _place(rendered: str, content: str) -> tuple[int, int] | None:
+    """(where the content's first character lies or would lie, where the content ends) in what follows a turn's header.
+
+    Templates may strip a turn, and put white space of their own before it. None if the content is not there.
+    """
+    if rendered.startswith(content):
+        return 0, len(content)
+    gap = len(rendered) - len(rendered.lstrip())
+    origin = gap - (len(content) - len(content.lstrip()))
+    kept = next((text for text in (content.lstrip(), content.strip()) if rendered[gap:].startswith(text)), None)
+    return None if kept is None else (origin, gap + len(kept))
 
 
 def _stops(tokenizer: Any) -> set[int]:
@@ -180,6 +197,11 @@ def train(args: SFTArguments) -> dict[str, float]:
         _new_lab_model(args)
     tokenizer = load_tokenizer(args.model)
     step_format = load_policy_format(args.model, tokenizer, args.separator)
+    if step_format.head != "none":
+        raise UserError(
+            f"{args.model}: its step format says head: {step_format.head}, so it is a reward model and not a policy"
+        )
+    check_rows_layout(args, step_format)
     data = _examples(args.rows, args, tokenizer, step_format)
     held_out = _examples(args.eval_rows, args, tokenizer, step_format) if args.eval_rows else None
     trainer = SFTTrainer(

@@ -116,6 +116,7 @@ class Starter:
         """Runs `stepladder *arguments` in a folder; with `kill` it is killed (SIGKILL) as soon as that says so."""
         self.count += 1
         out, err = self.logs / f"{self.count}.out", self.logs / f"{self.count}.err"
+        out.touch(), err.touch()  # a kill may come before the child has opened them
         job = {"arguments": [str(a) for a in arguments], "folder": str(folder), "out": str(out), "err": str(err)}
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps({**job, "environment": environment or {}}) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 import time
@@ -314,3 +315,59 @@ def test_quickstart_from_scratch_trains_the_policy_first(runs: list[Any], tmp_pa
     assert list(recipe["stages"]) == [*lab["stages"], *(name for name in RECIPE["stages"] if name != "policy")]
     assert recipe["stages"]["policy"]["do"] == "train.sft"
     assert pipeline.plan(recipe, tmp_path, "quickstart")
+
+
+# --- the examples of the docs --------------------------------------------------------------------------------------------
+
+
+def examples() -> list[Any]:
+    """(page, command line, file name, YAML) of every block whose first line is a command."""
+    found = []
+    for page in sorted((PACKAGE / "docs").glob("*.md")):
+        for block in re.findall(r"^```yaml\n(# stepladder .*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            arguments = block.splitlines()[0].removeprefix("# stepladder ").split()
+            file = next(a for a in arguments if a.endswith(".yaml"))
+            found.append(pytest.param(arguments, file, block, id=f"{page.stem}-{Path(file).stem}"))
+    return found
+
+
+SMALLER = {
+    "data": ["--limit", "3", "--task.sizes.train", "60", "--task.sizes.test", "20"],
+    "search": ["--limit", "3", "--task.sizes.train", "60", "--task.sizes.test", "20"],
+    "train": ["--max_steps", "2"],
+    "eval": [],
+    "run": ["defaults.task.sizes={train: 40, dev: 5, test: 10}"],
+}
+
+
+@pytest.mark.parametrize(("arguments", "file", "block"), examples())
+def test_the_examples_of_the_docs_run(
+    arguments: list[str], file: str, block: str, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/quickstart").symlink_to(tiny_run)  # the pages take up what `stepladder quickstart` left
+    Path(file).write_text(block)
+    group = arguments[0]
+    if "Qwen/" in block:  # needs the hub: the fields are checked, and nothing is run
+        from stepladder.config import build
+
+        assert build(stages.config_class(".".join(arguments[:2])), yaml.safe_load(block))
+        return
+    main([*arguments, *SMALLER[group]])
+    out = Path(arguments[arguments.index("--out") + 1])
+    made = {"data": "rows.parquet", "search": "rows.parquet", "train": "model.safetensors"}
+    assert (out / made.get(group, "results.json")).is_file()
+
+
+def test_every_page_has_an_example_that_runs() -> None:
+    pages = {param.id.rpartition("-")[0] for param in examples()}
+    assert {"recipes", "rejection_sampling", "step_labels", "search", "step_format"} <= pages
+
+
+def test_the_docs_name_every_field_of_the_stages() -> None:
+    pages = "".join(path.read_text() for path in (PACKAGE / "docs").glob("*.md"))
+    named = set(re.findall(r"`([a-z_0-9]+)(?:`|:)", pages))
+    for kind, (config_class, _) in stages.STAGES.items():
+        if kind.partition(".")[0] in cli.GROUPS and isinstance(config_class, type):
+            assert not set(config_class.__dataclass_fields__) - named, kind

@@ -16,10 +16,14 @@ LONG = ("solutions", "step_labels", "orm", "prm", "improved", "base_beam", "impr
 
 def kill_in(run: Path, stage: str, delay: float) -> Callable[[], bool]:
     """Says kill once `stage` has been at work for `delay` seconds, and at the latest when it is done."""
+    started = run / stage / "started.json"
+    # A stage that goes on after a kill writes the file again.
+    written = lambda: started.stat().st_mtime_ns if started.exists() else 0
+    before = written()
     began: list[float] = []
 
     def now() -> bool:
-        if not began and (run / stage / "started.json").exists():
+        if not began and written() != before:
             began.append(time.monotonic())
         return bool(began) and (time.monotonic() - began[0] >= delay or (run / stage / "done.json").exists())
 

@@ -46,7 +46,10 @@ def test_no_text_makes_it_raise_and_every_line_holds(expression: str, answer: st
 
 def test_a_task_takes_references_from_an_equation_field_and_mixes_its_sources(tmp_path) -> None:
     rows = {
-        "one": [f'{{"question": "what is {i} plus {i * 7}?", "answer": {i * 8}, "eq": "({i} + {i * 7})"}}' for i in range(30)],
+        "one": [
+            f'{{"question": "what is {i} plus {i * 7}?", "answer": {i * 8}, "eq": "({i} + {i * 7})"}}'
+            for i in range(30)
+        ],
         "two": [f'{{"question": "tell {i * 3} times two", "answer": {i * 6}}}' for i in range(30)],
     }
     for name, lines in rows.items():

@@ -1,0 +1,227 @@
+"""What the tests of the trainers share: a tiny policy on disk, rows, and a way to start trainers without waiting for imports."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stepladder.config import build
+from stepladder.data_gen.rows import Dialogue, Message, Solution, Source, StepLabels
+from stepladder.data_gen.store import write_rows
+from stepladder.models.step_format import StepFormat
+from stepladder.trainers import orm, prm, sft
+
+SOURCE = Source("policy", "engine", "chain", 0)
+KINDS = {
+    "prm": (prm.PRMArguments, prm.train),
+    "orm": (orm.ORMArguments, orm.train),
+    "sft": (sft.SFTArguments, sft.train),
+}
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory: pytest.TempPathFactory, lab_words: Any, tiny_policy: Callable[..., Any]) -> Path:
+    """A checkpoint of a random one-layer policy of width 16, with tokenizer and step format."""
+    folder = tmp_path_factory.mktemp("policy")
+    tiny_policy(lab_words, width=16, layers=1, heads=2).save_pretrained(folder)
+    lab_words.save_pretrained(folder)
+    StepFormat.for_policy(lab_words, "\n").save(folder)
+    return folder
+
+
+def steps_of(rng: random.Random, count: int) -> tuple[str, ...]:
+    return tuple(f"{rng.randrange(13)} + {rng.randrange(13)} = {rng.randrange(13)}" for _ in range(count))
+
+
+def labels_row(
+    number: int, steps: Sequence[str], correct: Sequence[int], rollouts: Sequence[int] | int = 10, **fields: Any
+) -> StepLabels:
+    """Step labels with `correct` of `rollouts` right endings after each step; nothing is known about the empty prefix."""
+    each = (rollouts,) * len(steps) if isinstance(rollouts, int) else tuple(rollouts)
+    known: dict[str, Any] = {
+        "prompt": f"Start {number % 13} ; + 5", "gold": "1", "sample": 0, "label_source": "monte_carlo", "outcome": "right",
+        "first_error": None, "first_error_known": False, "source": SOURCE, **fields,
+    }  # fmt: skip
+    return StepLabels(
+        problem_id=f"p{number}", steps=tuple(steps), n_correct=(0, *correct), n_rollouts=(0, *each), **known
+    )
+
+
+def solution_row(number: int, steps: Sequence[str], outcome: str, **fields: Any) -> Solution:
+    known: dict[str, Any] = {"prompt": f"Start {number % 13} ; + 5", **fields}
+    return Solution(
+        problem_id=f"p{number}", gold="1", sample=0, steps=tuple(steps), text="\n".join(steps), answer="1", outcome=outcome,
+        stop="eos", token_ids=(), step_ends=(), logprob=0.0, source=SOURCE, **known,
+    )  # fmt: skip
+
+
+def dialogue_row(number: int, *messages: Message) -> Dialogue:
+    return Dialogue(f"p{number}", "solve", messages, "{}", SOURCE)
+
+
+def some_rows(kind: str, count: int, seed: int = 0, longest: int = 6) -> list[Any]:
+    """Rows of a trainer with lengths that differ."""
+    rng = random.Random(seed)
+    made: list[Any] = []
+    for number in range(count):
+        steps = steps_of(rng, rng.randint(1, longest))
+        if kind == "prm":
+            made.append(labels_row(number, steps, [rng.randint(0, 10) for _ in steps]))
+        elif kind == "orm":
+            made.append(solution_row(number, steps, rng.choice(["right", "wrong"])))
+        else:
+            reply = Message("assistant", "".join(step + "\n" for step in steps), train=True)
+            made.append(dialogue_row(number, Message("user", f"Start {number % 13} ; + 5"), reply))
+    return made
+
+
+@pytest.fixture(scope="session")
+def rows() -> SimpleNamespace:
+    return SimpleNamespace(labels=labels_row, solution=solution_row, dialogue=dialogue_row, some=some_rows)
+
+
+@pytest.fixture
+def settings(tmp_path: Path, policy_folder: Path) -> Callable[..., dict[str, Any]]:
+    """Writes rows into a folder, and gives the settings of a short training on them."""
+
+    def make(kind: str, training_rows: Sequence[Any] | None = None, **over: Any) -> dict[str, Any]:
+        folder = tmp_path / f"{kind}_rows"
+        write_rows(folder, some_rows(kind, 16) if training_rows is None else training_rows)
+        return {
+            "model": str(policy_folder), "rows": str(folder), "output_dir": str(tmp_path / "out"), "seed": 1, "max_steps": 4,
+            "learning_rate": 0.01, "per_device_train_batch_size": 8, "logging_steps": 1, "disable_tqdm": True,
+            "save_strategy": "no", "use_cpu": True, **over,
+        }  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def train() -> Callable[..., SimpleNamespace]:
+    """Trains in this process: (kind, settings) -> metrics, the lines of metrics.jsonl and the output folder."""
+
+    def run(kind: str, values: dict[str, Any]) -> SimpleNamespace:
+        config, function = KINDS[kind]
+        metrics = function(build(config, values))
+        out = Path(values["output_dir"])
+        return SimpleNamespace(metrics=metrics, lines=lines_of(out), out=out)
+
+    return run
+
+
+def lines_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# One process imports what a trainer needs and forks for each command: `python -m MODULE ARGUMENTS` starts in a tenth of a
+# second, in a process of its own that can be killed.
+_STARTER = """
+import atexit, json, os, runpy, sys, traceback, warnings
+from stepladder.trainers import orm, prm, sft
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.models.llama import modeling_llama
+import peft, pyarrow.parquet
+
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.environ.update(job["environment"])
+        for number, path in ((1, job["out"]), (2, job["err"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        sys.argv, status = job["arguments"], 0
+        try:
+            runpy.run_module(job["arguments"][0], run_name="__main__", alter_sys=True)
+        except SystemExit as error:
+            status = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@dataclass
+class Ended:
+    """How a command ended; a status of -9 is a kill."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Starter:
+    """Runs `python -m MODULE ...` as forked processes, one at a time."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs, self.count = logs, 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _STARTER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def __call__(
+        self,
+        module: str,
+        *arguments: str,
+        kill: Callable[[], bool] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> Ended:
+        """Runs the module as a program; with `kill` it is killed (SIGKILL) as soon as that says so."""
+        self.count += 1
+        out, err = self.logs / f"{self.count}.out", self.logs / f"{self.count}.err"
+        job = {"arguments": [module, *arguments], "environment": environment or {}, "out": str(out), "err": str(err)}
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        child = int(self._line())
+        if kill is not None:
+            # The child may end first; until its status line is read its number cannot belong to another process.
+            while (state := _state(child)) and state != "Z":
+                if kill():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+                    break
+                time.sleep(0.001)
+        return Ended(int(self._line()), out.read_text(), err.read_text())
+
+
+def _state(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return ""
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    made = Starter(tmp_path_factory.mktemp("logs"))
+    yield made
+    assert made.process.stdin is not None
+    made.process.stdin.close()
+    made.process.wait()
