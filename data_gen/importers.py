@@ -127,9 +127,7 @@ def _flat(records: list[dict[str, Any]], where: str) -> Iterator[_Rated]:
 
 def process_bench(path: str | Path) -> list[dict[str, Any]]:
     """ProcessBench records of a file or hub split: id, problem, steps, label (-1: no error), final_answer_correct."""
-    records = [record for _, record in read_records(str(path))]
-    if not records:
-        raise UserError(f"{path}: expected a list of ProcessBench records, found none")
+    records = [dict(record) for _, record in read_records(str(path))]
     for i, record in enumerate(records, 1):
         missing = [k for k in ("problem", "steps", "label") if k not in record]
         if missing:

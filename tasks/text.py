@@ -189,7 +189,7 @@ class TextTask:
         for _, split, problem in kept.values():
             made.setdefault(split, []).append(problem)
         if len(self._sources) > 1:
-            made = {s: sorted(problems, key=lambda p: fold_seed("order", p.id)) for s, problems in made.items()}
+            made = {s: sorted(problems, key=lambda p: fold_seed(0, "order", p.id)) for s, problems in made.items()}
         return made, dropped
 
     def _shares(self, source: Source) -> Mapping[str, float]:

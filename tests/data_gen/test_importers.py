@@ -114,13 +114,13 @@ def test_process_bench_in_both_kinds_of_files(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([], "expected a list of ProcessBench records, found none"),
-        ({"a": 1}, "expected a list of ProcessBench records"),
+        ([], "the data set is empty"),
+        ({"a": 1}, "expected a list of records, found an object"),
         ([GOOD, {"problem": "q", "label": 0}], "record 2: field steps is missing"),
         ([{**GOOD, "label": 2}], "record 1: label must lie between -1 and the last step, found 2"),
         ([{**GOOD, "label": -2}], "label must lie between"),
         ([{**GOOD, "label": "0"}], "label must lie between"),
-        ([GOOD, "x"], "record 2: expected a JSON object, found str"),
+        ([GOOD, "x"], "record 2: expected an object, found str"),
         ([{**GOOD, "steps": 5}], "record 1: steps must be a list of texts"),
         ([{**GOOD, "steps": ["a", 5]}], "record 1: steps must be a list of texts"),
     ],
