@@ -56,7 +56,7 @@ class RewardModel:
             raise UserError(
                 f"{name}: the step format has a {step_format.head} head, the model has {model.config.num_labels} labels"
             )
-        self.model, self.tokenizer, self.step_format, self.name = model.eval(), tokenizer, step_format, name
+        self.model, self.tokenizer, self.step_format, self.name = model.train(False), tokenizer, step_format, name
         self.batch_tokens = batch_tokens
         self.cache = cache if cache is not None and supports_prefix_cache(model) else None
         self.ledger = ledger or Ledger()

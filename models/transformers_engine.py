@@ -31,7 +31,7 @@ class TransformersEngine:
         cache: PrefixCache | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        self.model = model.eval()
+        self.model = model.train(False)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.cache = cache if cache is not None and supports_prefix_cache(model) else None
