@@ -24,7 +24,6 @@ import importlib
 import io
 import json
 import os
-import pickle
 import queue
 import signal
 import struct
@@ -69,15 +68,15 @@ class Guard:
         self._target = (module, load, work)
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._setups: set[bytes] = set()  # pickles of what the child has loaded
+        self._setups: set[str] = set()  # what the child has loaded, as JSON
         self._replies: queue.Queue[bytes] = queue.Queue()
         _guards.add(self)
 
     def call(self, *args: Any, seconds: float, setup: Any = None) -> Any:
         """What `work(load(setup), *args)` returns in the child. Raises OutOfTime or BrokenOff, and nothing else.
 
-        Calls from several threads wait for each other. `setup` and `args` are sent as pickles, which is safe from parent to
-        child; what comes back is JSON, since the child has read text that nobody vouches for.
+        Calls from several threads wait for each other. What goes to the child and what comes back is JSON: lists for
+        tuples, and nothing that could run code.
         """
         with self._lock:
             try:
@@ -124,7 +123,7 @@ class Guard:
                 raise BrokenOff(f"the process for it could not be started ({error})") from None
             self._replies = queue.Queue()
             threading.Thread(target=_pump, args=(self._process.stdout, self._replies), daemon=True).start()
-        key = pickle.dumps(setup)
+        key = json.dumps(setup)
         if key not in self._setups:
             self._exchange((setup, None, 0.0), _START_SECONDS)
             self._setups.add(key)
@@ -134,7 +133,7 @@ class Guard:
         assert process is not None
         assert isinstance(process.stdin, io.RawIOBase)
         try:
-            data = pickle.dumps(request)
+            data = json.dumps(request).encode()
             _write_all(process.stdin, struct.pack(">Q", len(data)) + data)
             reply = self._replies.get(timeout=clock_seconds)
         except queue.Empty:
@@ -219,12 +218,12 @@ def _serve(module: str, load: str, work: str) -> None:
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what a library prints must not be read as a reply
     source = sys.stdin.buffer
-    loaded: dict[bytes, Any] = {}
+    loaded: dict[str, Any] = {}
     functions: list[Callable[..., Any]] = []
     refusing = False
     while len(head := source.read(8)) == 8:
-        setup, args, seconds = pickle.loads(source.read(struct.unpack(">Q", head)[0]))
-        key = pickle.dumps(setup)
+        setup, args, seconds = json.loads(source.read(struct.unpack(">Q", head)[0]))
+        key = json.dumps(setup)
         try:
             if not functions:
                 found = importlib.import_module(module)
