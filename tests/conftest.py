@@ -1,8 +1,17 @@
-"""Small models, tokenizers and engines that the tests share. Everything is made from scratch and from fixed seeds."""
+"""What the tests share: small models, tokenizers and engines, made from scratch and from fixed seeds; commands without imports."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,3 +148,113 @@ def fake_engine() -> Callable[..., Any]:
         return engine
 
     return make
+
+
+# One process imports what a command needs and forks for each: `python -m MODULE ARGUMENTS` starts in a tenth of a second,
+# in a process of its own that can be killed. What libraries print goes to stderr: stdout tells how the children do.
+_STARTER = """
+import atexit, json, os, runpy, sys, traceback, warnings
+
+tell = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+from stepladder.launch import cli, evaluate, making, pipeline, report, tables
+from stepladder.trainers import orm, prm, sft
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.models.llama import modeling_llama
+import accelerate.state, peft, pyarrow.parquet, tqdm
+
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if not child:
+        os.chdir(job["folder"])
+        os.environ.update(job["environment"])
+        for number, path in ((1, job["out"]), (2, job["err"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_TRUNC), number)
+        sys.argv, status = job["arguments"], 0
+        try:
+            runpy.run_module(job["arguments"][0], run_name="__main__", alter_sys=True)
+        except SystemExit as error:
+            status = error.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(child, file=tell, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=tell, flush=True)
+"""
+
+
+@dataclass
+class Ended:
+    """How a command ended; a status of -9 is a kill."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Starter:
+    """Runs `python -m MODULE ...` as forked processes, one at a time."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs, self.count = logs, 0
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _STARTER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+
+    def __call__(
+        self,
+        module: str,
+        *arguments: Any,
+        folder: Path | str = ".",
+        kill: Callable[[], bool] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> Ended:
+        """Runs the module in a folder; with `kill` it is killed (SIGKILL) as soon as that says so."""
+        self.count += 1
+        out, err = self.logs / f"{self.count}.out", self.logs / f"{self.count}.err"
+        out.touch(), err.touch()  # a kill may come before the child has opened them
+        job = {
+            "arguments": [module, *map(str, arguments)],
+            "folder": str(folder),
+            "environment": environment or {},
+            "out": str(out),
+            "err": str(err),
+        }
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        if kill is not None:
+            # The child may end first; until its status line is read its number cannot belong to another process.
+            while _runs(child):
+                if kill():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(child, signal.SIGKILL)
+                    break
+                time.sleep(0.001)
+        return Ended(int(self.process.stdout.readline()), out.read_text(), err.read_text())
+
+
+def _runs(process: int) -> bool:
+    try:
+        # A child that has ended and was not waited for yet is a zombie, which no signal tells from a running one.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+    made = Starter(tmp_path_factory.mktemp("logs"))
+    yield made
+    assert made.process.stdin is not None
+    made.process.stdin.close()
+    made.process.wait(timeout=60)

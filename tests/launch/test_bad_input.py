@@ -428,7 +428,7 @@ def test_a_full_disk_while_a_model_is_written(tmp_path: Path, starter: Any) -> N
     assert "Traceback" not in ended.stderr
     told = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert told == ["error: cannot write: File too large; free some space, and the same command continues"]
-    again = starter(command, tmp_path)
+    again = starter("stepladder", *command, folder=tmp_path)
     assert again.status == 0, again.err
     assert (tmp_path / "out" / "model.safetensors").is_file()
 

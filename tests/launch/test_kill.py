@@ -50,13 +50,13 @@ def test_kill_9_in_every_stage(tiny_run: Path, tiny_recipe: list[str], starter: 
         # At once, and for long stages again somewhere in the middle, after the model was loaded a second time.
         for delay in [0.0, rng.uniform(0.3, 0.9) * whole] if stage in LONG else [rng.uniform(0, 0.7) * whole]:
             plan.append((stage, round(delay, 3)))
-            ended = starter(command, tmp_path, kill=kill_in(run, stage, delay))
+            ended = starter("stepladder", *command, folder=tmp_path, kill=kill_in(run, stage, delay))
             assert ended.status in (-9, 0), ended.err
             if (run / stage).is_dir() and not (run / stage / "done.json").exists():
                 inside.append(stage)
     print(f"killed at {plan}, inside {inside}")  # shown when an assertion below fails
     assert set(inside) >= set(LONG), "too few kills fell into a stage for this test to mean anything"
-    ended = starter(command, tmp_path)
+    ended = starter("stepladder", *command, folder=tmp_path)
     assert ended.status == 0, ended.err
 
     assert not list(run.glob("*.old-*"))
@@ -79,7 +79,7 @@ def test_a_kill_costs_no_more_than_the_unit_it_falls_into(tiny_recipe: list[str]
     command, run = ["quickstart", "--out", "run", *tiny_recipe], tmp_path / "run"
     part = run / "solutions" / "part-00000-of-00001.jsonl"
     committed = lambda: part.exists() and b'"ledger"' in part.read_bytes()
-    assert starter(command, tmp_path, kill=committed).status == -9
+    assert starter("stepladder", *command, folder=tmp_path, kill=committed).status == -9
     before = part.read_bytes()
     whole_lines = before[: before.rindex(b"\n") + 1]
 
@@ -90,4 +90,4 @@ def test_a_kill_costs_no_more_than_the_unit_it_falls_into(tiny_recipe: list[str]
             return True
         return (run / "solutions" / "rows.parquet").exists()
 
-    assert starter(command, tmp_path, kill=finished_or_more).status == -9
+    assert starter("stepladder", *command, folder=tmp_path, kill=finished_or_more).status == -9

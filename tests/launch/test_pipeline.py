@@ -123,7 +123,7 @@ def test_the_manifest_says_how_it_was_made(tiny_run: Path) -> None:
 def test_the_same_seed_in_another_folder_gives_the_same_results(
     tiny_run: Path, tiny_recipe: list[str], starter: Any, tmp_path: Path
 ) -> None:
-    ended = starter(["run", str(QUICKSTART), "--out", "elsewhere", "--seed", "0", *tiny_recipe], tmp_path)
+    ended = starter("stepladder", "run", QUICKSTART, "--out", "elsewhere", "--seed", "0", *tiny_recipe, folder=tmp_path)
     assert ended.status == 0, ended.err
     assert "\nresults: elsewhere/results.json\nreport:  elsewhere/report.html\n" in ended.out
     tables = ended.out.partition("\naccuracy, %")[2].splitlines()

@@ -1,17 +1,10 @@
-"""What the tests of the trainers share: a tiny policy on disk, rows, and a way to start trainers without waiting for imports."""
+"""What the tests of the trainers share: a tiny policy on disk and rows."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,104 +117,3 @@ def train() -> Callable[..., SimpleNamespace]:
 
 def lines_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-# One process imports what a trainer needs and forks for each command: `python -m MODULE ARGUMENTS` starts in a tenth of a
-# second, in a process of its own that can be killed.
-_STARTER = """
-import atexit, json, os, runpy, sys, traceback, warnings
-from stepladder.trainers import orm, prm, sft
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-from transformers.models.llama import modeling_llama
-import peft, pyarrow.parquet
-
-warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.environ.update(job["environment"])
-        for number, path in ((1, job["out"]), (2, job["err"])):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv, status = job["arguments"], 0
-        try:
-            runpy.run_module(job["arguments"][0], run_name="__main__", alter_sys=True)
-        except SystemExit as error:
-            status = error.code or 0
-        except BaseException:
-            traceback.print_exc()
-            status = 1
-        atexit._run_exitfuncs()
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(status)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
-@dataclass
-class Ended:
-    """How a command ended; a status of -9 is a kill."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Starter:
-    """Runs `python -m MODULE ...` as forked processes, one at a time."""
-
-    def __init__(self, logs: Path) -> None:
-        self.logs, self.count = logs, 0
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", _STARTER],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def __call__(
-        self,
-        module: str,
-        *arguments: str,
-        kill: Callable[[], bool] | None = None,
-        environment: dict[str, str] | None = None,
-    ) -> Ended:
-        """Runs the module as a program; with `kill` it is killed (SIGKILL) as soon as that says so."""
-        self.count += 1
-        out, err = self.logs / f"{self.count}.out", self.logs / f"{self.count}.err"
-        job = {"arguments": [module, *arguments], "environment": environment or {}, "out": str(out), "err": str(err)}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(job) + "\n")
-        self.process.stdin.flush()
-        child = int(self._line())
-        if kill is not None:
-            # The child may end first; until its status line is read its number cannot belong to another process.
-            while (state := _state(child)) and state != "Z":
-                if kill():
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(child, signal.SIGKILL)
-                    break
-                time.sleep(0.001)
-        return Ended(int(self._line()), out.read_text(), err.read_text())
-
-
-def _state(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except OSError:
-        return ""
-
-
-@pytest.fixture(scope="session")
-def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
-    made = Starter(tmp_path_factory.mktemp("logs"))
-    yield made
-    assert made.process.stdin is not None
-    made.process.stdin.close()
-    made.process.wait()
