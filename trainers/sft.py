@@ -230,11 +230,14 @@ def _new_lab_model(args: SFTArguments) -> None:
     if "largest_number" not in sizes:
         raise UserError("lab_model needs largest_number, the largest number the tokenizer knows (p - 1 for chain)")
     tokenizer = lab_tokenizer(sizes.pop("largest_number"))
-    torch.manual_seed(args.seed)
-    LlamaForCausalLM(lab_config(len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    StepFormat.for_policy(tokenizer, args.separator).save(folder)
     args.model = str(folder)
+    # One process of a machine writes the files that all of them read.
+    with args.main_process_first():
+        if args.local_process_index == 0:
+            torch.manual_seed(args.seed)
+            LlamaForCausalLM(lab_config(len(tokenizer), **sizes)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            StepFormat.for_policy(tokenizer, args.separator).save(folder)
 
 
 if __name__ == "__main__":
