@@ -37,11 +37,15 @@ def fingerprint(value: Any) -> str:
 _WHOLE_FILE_BYTES = 64 * 2**20
 
 
-def fingerprint_path(path: str | Path) -> str:
-    """Fingerprint of a file's content, or of every file below a folder. Over 64 MiB only size and both ends count."""
+def fingerprint_path(path: str | Path, leave_out: Path | None = None) -> str:
+    """Fingerprint of a file's content, or of every file below a folder, without those below `leave_out`.
+
+    Of a file over 64 MiB only size and both ends count.
+    """
     path = Path(path)
     if path.is_dir():
-        inner = sorted(p for p in path.rglob("*") if p.is_file())
+        skipped = leave_out.resolve() if leave_out is not None else None
+        inner = sorted(p for p in path.rglob("*") if p.is_file() and skipped not in p.resolve().parents)
         return fingerprint([[p.relative_to(path).as_posix(), fingerprint_path(p)] for p in inner])
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:

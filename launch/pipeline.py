@@ -164,7 +164,7 @@ def _inputs(config: Mapping[str, Any], out: Path, fingerprints: Mapping[str, str
         if inside is not None and inside.parts[0] in fingerprints:
             found["@" + inside.as_posix()] = fingerprints[inside.parts[0]]
         elif ("/" in text or "." in text) and _exists(path):
-            found[text] = fingerprint_path(path)
+            found[text] = fingerprint_path(path, leave_out=out)  # a run may lie in the folder of its data
     return found
 
 

@@ -1,0 +1,147 @@
+"""Every recipe is checked key by key, and those for real models run whole, scaled down, on data of the real shape made here."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepladder.basics import read_json
+from stepladder.launch import stages
+from stepladder.launch.cli import main
+from stepladder.launch.pipeline import load_recipe, plan
+from stepladder.models.lab import lab_config
+
+RECIPES = sorted((Path(stages.__file__).parents[1] / "recipes").glob("**/*.yaml"))
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_begins_with_its_command_and_every_key_is_known(path: Path, tmp_path: Path) -> None:
+    first_line = path.read_text().splitlines()[0]
+    assert first_line.startswith("# stepladder "), first_line
+    assert f"recipes/{path.relative_to(RECIPES[0].parent).as_posix()}" in first_line
+    assert plan(load_recipe(path, {}), tmp_path, str(path))
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory, merging_tokenizer: Any) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer and a chat template: what a model from the hub looks like."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("chat")
+    torch.manual_seed(0)
+    LlamaForCausalLM(lab_config(len(merging_tokenizer), width=64, layers=2, heads=4, context=512)).save_pretrained(
+        folder
+    )
+    merging_tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHAT}))
+    return folder
+
+
+def word_problems(folder: Path, count: int = 48) -> None:
+    """Additions of small numbers in the files and fields of MultiArith, SingleEq, AddSub and SVAMP."""
+    rng = random.Random(0)
+    facts = [(rng.randint(1, 3), rng.randint(1, 3)) for _ in range(count * 4)]
+    asked = lambda number, a, b: f"Box {number} holds {a} pens and {b} more."
+    for position, name in enumerate(("multiarith", "singleeq", "addsub")):
+        (folder / "mawps").mkdir(exist_ok=True)
+        some = list(enumerate(facts))[position * count : (position + 1) * count]
+        lines = [{"input": asked(n, a, b) + " How many?", "target": a + b} for n, (a, b) in some]
+        (folder / "mawps" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "svamp").mkdir()
+    records = [
+        {
+            "ID": f"chal-{n}",
+            "Body": asked(n, a, b),
+            "Question": "How many?",
+            "Equation": f"( {a}.0 + {b}.0 )",
+            "Answer": float(a + b),
+            "Type": "Addition",
+        }
+        for n, (a, b) in list(enumerate(facts))[3 * count :]
+    ]
+    (folder / "svamp" / "SVAMP.json").write_text(json.dumps(records))
+
+
+def test_smollm2_word_problems_scaled_down(chat_model: Path, tmp_path: Path, capsys: Any) -> None:
+    word_problems(tmp_path)
+    run = tmp_path / "run"
+    recipe = next(path for path in RECIPES if path.stem == "smollm2_word_problems")
+    trained = [f"{stage}.max_steps=2" for stage in ("orm", "prm", "improved")]
+    sampled = [f"{policy}_{arm}.limit=12" for policy in ("policy", "improved") for arm in ("greedy", "samples", "beam")]
+    command = [
+        "run", str(recipe), "--out", str(run), f"pretrained.source={chat_model}", f"defaults.task.folder={tmp_path}",
+        "defaults.dtype=float32", "defaults.max_length=512", "defaults.max_new_tokens=24",
+        # A random model learns the one kind of line that is here; with adapters alone it would not.
+        "policy.lora_r=0", "policy.learning_rate=3e-3", "policy.num_train_epochs=30", "policy.save_steps=1000",
+        "solutions.limit=16", "solutions.samples=4", "step_labels.limit=8", "step_labels.rollouts=2",
+        "policy_beam.beams=4", "policy_beam.width=2", "improved_beam.beams=4", "improved_beam.width=2",
+        "policy_samples.samples=4", "improved_samples.samples=4", "pretrained_greedy.limit=12",
+        *trained, *sampled,
+    ]  # fmt: skip
+    main(command)
+    accuracy = {r["arm"]: r for r in read_json(run / "results.json") if r["metric"] == "accuracy"}
+    arms = {"greedy", "sample", "pass@4", "majority@4", "best_of_4_orm", "best_of_4_prm", "beam_4_prm"}
+    assert {f"{policy}/{arm}" for policy in ("policy", "improved") for arm in arms} <= set(accuracy)
+    assert accuracy["pretrained/greedy"]["n"] == accuracy["policy/greedy"]["n"] == 12
+    assert accuracy["pretrained/greedy"]["value"] == 0 < accuracy["policy/pass@4"]["value"]
+    assert (run / "report.html").is_file()
+    assert (run / "improved" / "model.safetensors").is_file()
+    # Nothing of the evaluation set is in what the models learnt from.
+    import pyarrow.parquet as parquet
+
+    ids = lambda stage: set(parquet.read_table(run / stage / "rows.parquet").column("problem_id").to_pylist())
+    assert not ids("policy_samples") & (ids("lines") | ids("solutions") | ids("step_labels") | ids("chosen"))
+    capsys.readouterr()
+    main(command)
+    assert capsys.readouterr().out.count("already there, inputs unchanged") == 18
+
+
+def test_smollm2_prm800k_scaled_down(chat_model: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    rated = lambda text, rating: {"completions": [{"text": text, "rating": rating}], "chosen_completion": 0}
+    records = []
+    for number in range(24):
+        steps = [rated(f"{n} + 1 = {n + 1}", 1) for n in range(rng.randint(1, 4))]
+        steps.append(rated("so 1 + 1 = 9", -1) if number % 2 else rated("so it is 5", 1))
+        question = {"problem": f"What is {number} and one?", "ground_truth_answer": str(number + 1)}
+        records.append({"question": question, "label": {"steps": steps}})
+    labels = tmp_path / "phase1.jsonl"
+    labels.write_text("".join(json.dumps(record) + "\n" for record in records))
+    files = {}
+    for subset in ("gsm8k", "math"):
+        bench = [
+            {
+                "id": f"{subset}-{n}",
+                "generator": "none",
+                "problem": f"What is {n} and two?",
+                "steps": ["1 + 1 = 2", "so 1 + 1 = 9" if n % 2 else "so it is 5"],
+                "final_answer_correct": n % 2 == 0,
+                "label": 1 if n % 2 else -1,
+            }
+            for n in range(10)
+        ]
+        (tmp_path / f"{subset}.json").write_text(json.dumps(bench))
+        files[subset] = str(tmp_path / f"{subset}.json")
+    recipe = next(path for path in RECIPES if path.stem == "smollm2_prm800k")
+    run = tmp_path / "run"
+    main([
+        "run", str(recipe), "--out", str(run), f"backbone.source={chat_model}", f"labels.file={labels}",
+        "defaults.dtype=float32", "prm.max_length=512", "prm.lora_r=0", "prm.num_train_epochs=20", "prm.save_steps=1000",
+        "prm.gradient_accumulation_steps=1", "prm.learning_rate=3e-3",
+        f"bench.files={json.dumps(files)}", f"bench_tuned.files={json.dumps(files)}",
+    ])  # fmt: skip
+    found = {(r["arm"], r["metric"]): r["value"] for r in read_json(run / "results.json")}
+    # The wrong step is always the same words: a model that reads its labels where they stand finds it.
+    for subset in ("gsm8k", "math"):
+        assert found[f"processbench/{subset}", "f1"] > 0.9
+    assert (run / "report.html").is_file()
