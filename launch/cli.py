@@ -20,6 +20,8 @@ HELP = """usage: stepladder COMMAND ...
   train STAGE --config FILE [--key value ...]          sft, orm, prm
   search STAGE --config FILE [--key value ...]         beam
   eval STAGE --config FILE [--key value ...]           policies, prm, processbench
+  claims run NAME [--out DIR] [--results DIR]          puts a paper's claim to the test: all its seeds, one result file
+  claims table [--results DIR] [--out FILE]            the page of all claims from their result files; claims list: names
   import-gguf FILE --out DIR [--dtype bfloat16]        a plain Hugging Face checkpoint from a GGUF file
 
 `stepladder data solutions --help` lists the fields of a stage. A mistake of yours ends with one sentence and exit status 2."""
@@ -79,12 +81,14 @@ def _dispatch(arguments: list[str]) -> None:
         _run(rest)
     elif command == "quickstart":
         _quickstart(rest)
+    elif command == "claims":
+        _claims(rest)
     elif command == "import-gguf":
         _import_gguf(rest)
     else:
         from ..config import unknown_key
 
-        raise unknown_key(command, [*GROUPS, "run", "quickstart", "import-gguf"], "command")
+        raise unknown_key(command, [*GROUPS, "run", "quickstart", "claims", "import-gguf"], "command")
 
 
 def _stage(group: str, rest: list[str]) -> None:
@@ -136,7 +140,7 @@ def _split_out(rest: list[str], flags: Sequence[str] = ()) -> tuple[dict[str, st
     while queue:
         token = queue.pop(0)
         name, _, value = token.partition("=")
-        if name in ("--out", "--seed", "--dtype"):
+        if name in ("--out", "--seed", "--dtype", "--results"):
             if not value and not queue:
                 raise UserError(f"{name} needs a value")
             ours[name] = value or queue.pop(0)
@@ -182,6 +186,29 @@ def _quickstart(rest: list[str]) -> None:
         lab = load_recipe(path.with_name("lab_policy.yaml"), {})
         recipe["stages"] = {**lab["stages"], **{k: v for k, v in recipe["stages"].items() if k != "policy"}}
     run_recipe(recipe, Path(ours.get("--out") or "runs/quickstart"), "recipes/quickstart.yaml")
+
+
+def _claims(rest: list[str]) -> None:
+    from ..config import parse_overrides, unknown_key
+    from .claims import claim_files, claims_table, run_claim
+
+    ours, others = _split_out(rest, ("-h", "--help"))
+    what, *names = others or [""]
+    if "-h" in ours or "--help" in ours or not what:
+        print("usage: stepladder claims list | run NAME [--out DIR] [--results DIR] [stage.key=value ...] | table")
+        return
+    results = Path(ours.get("--results") or "docs/claims")
+    if what == "list":
+        print("\n".join(claim_files()))
+    elif what == "table":
+        print(claims_table(results, Path(ours.get("--out") or results.with_suffix(".md"))))
+    elif what == "run":
+        if not names:
+            raise UserError("stepladder claims run needs a NAME; `stepladder claims list` shows them")
+        out = Path(ours.get("--out") or Path("runs") / "claims" / Path(names[0]).stem)
+        run_claim(names[0], out, results, parse_overrides(names[1:]))
+    else:
+        raise unknown_key(what, ["list", "run", "table"], "stepladder claims")
 
 
 def _whole(text: str, name: str) -> int:
