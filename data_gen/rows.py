@@ -70,7 +70,7 @@ class StepLabels:
     n_correct: tuple[int, ...]
     n_rollouts: tuple[int, ...]
     label_source: Literal["monte_carlo", "human", "checker"]
-    outcome: str
+    outcome: str  # a tasks.base.Outcome, or "unfinished" for the beginning of a solution
     first_error: int | None  # 0-based, by an exact checker or a person; None if there is none or it is not known
     first_error_known: bool
     source: Source
@@ -244,6 +244,34 @@ def step_targets(
     if not after_first_zero and 0.0 in targets:
         keep = targets.index(0.0) + 1
         targets[keep:] = [None] * (len(targets) - keep)
+    return targets
+
+
+def td_targets(
+    row: StepLabels, *, alpha: float = 0.5, horizon: int = 3, shallow: int = 3, tolerance: float = 0.05
+) -> list[float | None]:
+    """Soft targets in which early steps look ahead (ReARTeR's TD look-ahead, arXiv:2501.07861); None where nothing is known.
+
+    With r_t the share of step t, a target of one of the first `shallow` steps is r_t moved towards what follows: from the last of
+    up to `horizon` further steps backwards, v <- r_i + alpha (v - r_i). The look-ahead ends early before the first step whose share
+    rises by less than `tolerance` over the one before (a fall is such a step), and before a step of which nothing is known. The
+    other targets are `soft`. The paper does this to scores at test time; here the counts take their place.
+    """
+    shares = step_targets(row, "soft")
+    targets = list(shares)
+    for t, share in enumerate(shares[:shallow]):
+        if share is None:
+            continue
+        chain = [share]
+        for following in shares[t + 1 : t + 1 + horizon]:
+            if following is None or following - chain[-1] < tolerance:
+                break
+            chain.append(following)
+        value = chain.pop()
+        while chain:
+            here = chain.pop()
+            value = here + alpha * (value - here)
+        targets[t] = value
     return targets
 
 

@@ -27,11 +27,12 @@ U = TypeVar("U")
 
 @dataclass
 class UnitResult(Generic[R]):
-    """What one unit of work gave: rows, what was dropped and why, and what it cost."""
+    """What one unit of work gave: rows, what was dropped and why, what it cost, and what else was counted on the way."""
 
     rows: list[R]
     dropped: Counter[str] = field(default_factory=Counter)
     ledger: Ledger = field(default_factory=Ledger)
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def make_rows(
                 "rows": len(lines),
                 "dropped": dict(result.dropped),
                 "ledger": result.ledger.to_json(),
+                "counts": dict(result.counts),
             }
             _append(part, "".join(line + "\n" for line in [*lines, canonical_json(commit)]).encode())
             bar.update()
@@ -164,19 +166,26 @@ def _finish(folder: Path, row_type: type[R], units: int) -> bool:
     if not commits.keys() >= set(range(units)):
         return _finished(folder)
     dropped: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     ledger = Ledger()
     for unit in range(units):
         dropped.update(commits[unit]["dropped"])
+        counts.update(commits[unit].get("counts", {}))
         ledger = ledger + Ledger(**commits[unit]["ledger"])
     finished = [from_record(row_type, r, f"{folder}, unit {u}") for u in range(units) for r in rows_of[u]]
-    write_rows(folder, finished, dropped=dropped, ledger=ledger)
+    write_rows(folder, finished, dropped=dropped, ledger=ledger, counts=counts)
     for part in folder.glob("part-*.jsonl"):
         part.unlink(missing_ok=True)
     return True
 
 
 def write_rows(
-    folder: str | Path, rows: Sequence[R], *, dropped: Mapping[str, int] | None = None, ledger: Ledger | None = None
+    folder: str | Path,
+    rows: Sequence[R],
+    *,
+    dropped: Mapping[str, int] | None = None,
+    ledger: Ledger | None = None,
+    counts: Mapping[str, int] | None = None,
 ) -> None:
     """Writes rows.parquet and, last, rows.json, each whole or not at all. Raises UserError if there is no row."""
     import pyarrow as pa
@@ -196,6 +205,7 @@ def write_rows(
         "rows": len(rows),
         "dropped": dict(sorted((dropped or {}).items())),
         "ledger": (ledger or Ledger()).to_json(),
+        **({"counts": dict(sorted(counts.items()))} if counts else {}),
     }
     write_json(folder / ABOUT_FILE, about)
 

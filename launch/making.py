@@ -14,12 +14,12 @@ from ..basics import UserError, make_folder, told_as_user_error
 from ..data_gen import importers
 from ..data_gen.rows import Dialogue, Solution, Source, StepLabels
 from ..data_gen.solutions import best_solutions, demonstrations, sample_solutions
-from ..data_gen.step_labels import monte_carlo_labels
+from ..data_gen.step_labels import StopRule, monte_carlo_labels
 from ..data_gen.store import Shard, UnitResult, make_rows, read_about, read_rows, write_rows
 from ..models.engine import Engine, Sampling, StopReason
 from ..models.loading import hub_folder, load_engine, load_policy_format
 from ..models.reward import RewardModel, aggregate
-from ..models.step_format import StepFormat
+from ..models.step_format import FILE_NAME, StepFormat
 from ..search.adapters import RewardScorer, StepPolicy
 from ..search.beam import beam_search
 from ..tasks.base import Problem, Task
@@ -126,6 +126,8 @@ def _finish(out: Path, complete: bool) -> bool:
     about = read_about(out)
     lost = ", ".join(f"{n} {what}" for what, n in about["dropped"].items())
     print(f"{out.name}: {about['rows']} rows" + (f" (dropped: {lost})" if lost else ""), flush=True)
+    if counts := about.get("counts"):
+        print(f"{out.name}: " + ", ".join(f"{n} {what}" for what, n in counts.items()), flush=True)
     return True
 
 
@@ -172,17 +174,24 @@ def make_step_labels(config: stages.StepLabelling, out: Path) -> bool:
     if missing is not None:
         raise UserError(f"{config.solutions}: problem {missing} is not in split {config.split!r} of task {task.name}")
     units = chunks(groups, config.unit_problems)
+    stop = None
+    if config.stop_early:
+        threshold = config.threshold if config.stop_early == "threshold" else 0.0
+        stop = StopRule(threshold, config.confidence, config.round_rollouts)
     engine_and_format: list[Any] = []
 
     def work(unit: Sequence[Sequence[Solution]]) -> UnitResult[StepLabels]:
         if not engine_and_format:
             engine_and_format.extend(_policy(config, task))
             _check_words(config.policy, engine_and_format[0], engine_and_format[1], [rows[0].prompt for rows in groups])
-            engine_and_format[1].save(make_folder(out))
+            # The layout is that of the solutions: the completer may have another.
+            written = Path(config.solutions, FILE_NAME)
+            (StepFormat.load(config.solutions) if written.is_file() else engine_and_format[1]).save(make_folder(out))
         engine, step_format = engine_and_format
         return monte_carlo_labels(
             engine, task, step_format, [row for rows in unit for row in rows], problems,
             rollouts=config.rollouts, sampling=_sampling(config), seed=config.seed, policy=config.policy,
+            stop=stop, consistent=config.consistent,
         )  # fmt: skip
 
     return _finish(out, make_rows(out, StepLabels, units, work, shard=Shard.parse(config.shard), progress=out.name))

@@ -97,14 +97,14 @@ class StepFormat:
             raise UserError(f"the tokenizer gives no token for the step separator {separator!r}")
         return cls(separator=separator, separator_ids=tuple(ids), **fields)
 
-    def for_reward(self, head: Head, label_kind: LabelKind) -> StepFormat:
-        """This layout with a reward head, its label kind and the aggregation that suits it."""
+    def for_reward(self, head: Head, label_kind: LabelKind, aggregation: Aggregation | None = None) -> StepFormat:
+        """This layout with a reward head, its label kind and the aggregation that suits it, or the one given."""
         return dataclasses.replace(
             self,
             head=head,
             positive_class=1 if head == "two_class" else None,
             label_kind=label_kind,
-            aggregation=ADVISED_AGGREGATION[label_kind],
+            aggregation=aggregation or ADVISED_AGGREGATION[label_kind],
         )
 
     def layout(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class PRMArguments(RewardArguments):
 
     labels: str = option("hard", "from counts: hard (any continuation right), soft (share right) or threshold")
     threshold: float = option(0.0, "with labels: threshold, positive if the share is greater than this")
-    after_first_zero: bool = option(True, "train on steps after the first step labelled 0 too")
+    after_first_zero: bool = option(False, "train on steps after the first step labelled 0 too")
 
     def __post_init__(self) -> None:
         if self.labels not in KINDS:
@@ -52,7 +52,9 @@ def train(args: PRMArguments) -> dict[str, float]:
         items = [e for row in source if (e := prm_example(row, tokenizer, step_format, args, counts)) is not None]
         return finish_examples(path, items, counts, report_counts)
 
-    return train_reward(args, make_examples, label_kind(rows, args.labels))
+    # A model that never saw what follows an error says nothing of later steps: the worst step stands for the solution.
+    dropped = not args.after_first_zero and args.labels != "soft"
+    return train_reward(args, make_examples, label_kind(rows, args.labels), "min" if dropped else None)
 
 
 def label_kind(rows: Sequence[StepLabels], labels: str) -> LabelKind:

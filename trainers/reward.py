@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from ..basics import UserError
 from ..config import option
 from ..models.loading import load_policy_format, load_tokenizer
-from ..models.step_format import Encoded, Head, LabelKind
+from ..models.step_format import Aggregation, Encoded, Head, LabelKind
 from . import losses
 from .common import (
     Examples,
@@ -34,6 +34,9 @@ class RewardArguments(StepladderArguments):
     head: str = option("two_class", "two_class (softmax of two logits) or scalar (sigmoid of one)")
     loss: str = option("bce", "bce (cross-entropy, hard or soft targets) or mse (squared error of the probability)")
     separator: str = option("\n", "text that ends a step, for a base model that has no step format yet")
+    aggregation: str = option(
+        "", "advised way to one score a solution: last, min, prod or mean; empty: what suits the labels"
+    )
 
     def __post_init__(self) -> None:
         self.check_given("model", "rows")
@@ -41,6 +44,10 @@ class RewardArguments(StepladderArguments):
             raise ValueError(f"head must be two_class or scalar, found {self.head!r}")
         if self.loss not in ("bce", "mse"):
             raise ValueError(f"loss must be bce or mse, found {self.loss!r}")
+        if self.aggregation not in ("", *get_args(Aggregation)):
+            raise ValueError(
+                f"aggregation must be {', '.join(get_args(Aggregation))} or empty, found {self.aggregation!r}"
+            )
         super().__post_init__()
 
 
@@ -96,13 +103,19 @@ class RewardTrainer(StepladderTrainer):
         }
 
 
-def train_reward(args: RewardArguments, make_examples: Any, label_kind: LabelKind) -> dict[str, float]:
+def train_reward(
+    args: RewardArguments, make_examples: Any, label_kind: LabelKind, aggregation: Aggregation | None = None
+) -> dict[str, float]:
     """Trains a reward model on make_examples(path, tokenizer, step_format) and writes its checkpoint; returns metrics."""
     from transformers import AutoModelForTokenClassification
 
     tokenizer = load_tokenizer(args.model)
     head: Head = "two_class" if args.head == "two_class" else "scalar"
-    step_format = load_policy_format(args.model, tokenizer, args.separator).for_reward(head, label_kind)
+    step_format = load_policy_format(args.model, tokenizer, args.separator).for_reward(
+        head,
+        label_kind,
+        args.aggregation or aggregation,  # type: ignore[arg-type]  # checked when it was given
+    )
     check_rows_layout(args, step_format)
     data = make_examples(args.rows, tokenizer, step_format)
     held_out = make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None

@@ -44,8 +44,8 @@ def targets_of(example: dict[str, Any]) -> dict[int, float]:
         ({"labels": "hard"}, [1.0, 1.0, 0.0]),
         ({"labels": "soft"}, [0.9, 0.1, 0.0]),
         ({"labels": "threshold"}, [1.0, 1.0, 0.0]),
-        ({"labels": "threshold", "threshold": 0.1}, [1.0, 0.0, 0.0]),  # greater than, not equal to
-        ({"labels": "threshold", "threshold": 0.5}, [1.0, 0.0, 0.0]),
+        ({"labels": "threshold", "threshold": 0.1, "after_first_zero": True}, [1.0, 0.0, 0.0]),  # greater, not equal
+        ({"labels": "threshold", "threshold": 0.5, "after_first_zero": True}, [1.0, 0.0, 0.0]),
     ],
 )
 def test_labels_sit_on_the_separator_of_their_step(example, lab_words, settings, want):

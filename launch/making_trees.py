@@ -1,0 +1,140 @@
+"""The stages that grow trees of rollouts, and those that read labels and pairs out of them."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..basics import UserError, make_folder
+from ..data_gen import first_pit, omegaprm
+from ..data_gen.best_first import best_first_trees
+from ..data_gen.label_sets import sorm_rows
+from ..data_gen.rows import Pair, R, StepLabels, Tree
+from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
+from ..data_gen.tree_rows import step_labels, step_pairs
+from ..tasks.base import Problem
+from . import stages
+from .making import _check_words, _finish, _policy, _problems, _sampling
+from .stages import chunks, required
+
+
+def _over_problems(
+    config: stages.WithPolicy, out: Path, row_type: type[R], generate: Callable[..., UnitResult[R]]
+) -> bool:
+    """Units of problems through `generate(engine, task, step_format, problems, sampling=, seed=, policy=)`."""
+    task, problems = _problems(config)
+    engine_and_format: list[Any] = []
+
+    def work(unit: Sequence[Problem]) -> UnitResult[R]:
+        if not engine_and_format:
+            engine, step_format = _policy(config, task)
+            _check_words(config.policy, engine, step_format, [problem.prompt for problem in problems])
+            step_format.save(make_folder(out))
+            engine_and_format.extend([engine, step_format])
+        engine, step_format = engine_and_format
+        return generate(
+            engine, task, step_format, unit, sampling=_sampling(config), seed=config.seed, policy=config.policy
+        )
+
+    units = chunks(problems, config.unit_problems)
+    return _finish(out, make_rows(out, row_type, units, work, shard=Shard.parse(config.shard), progress=out.name))
+
+
+def make_omegaprm(config: stages.OmegaPRMTrees, out: Path) -> bool:
+    """Trees of OmegaPRM."""
+    options = omegaprm.Options(
+        rollouts=config.rollouts,
+        filter_rollouts=config.filter_rollouts,
+        search_limit=config.search_limit,
+        alpha=config.alpha,
+        beta=config.beta,
+        length_scale=config.length_scale,
+        c_puct=config.c_puct,
+        min_tokens=config.min_tokens,
+    )
+    return _over_problems(config, out, Tree, functools.partial(omegaprm.omegaprm_trees, options=options))
+
+
+def make_best_first(config: stages.BestFirstTrees, out: Path) -> bool:
+    """Best-first trees of Tree-PLV."""
+    generate = functools.partial(
+        best_first_trees,
+        candidates=config.candidates,
+        completions=config.completions,
+        max_depth=config.max_depth,
+    )
+    return _over_problems(config, out, Tree, generate)
+
+
+def make_first_pit(config: stages.FirstPit, out: Path) -> bool:
+    """Valued prefixes for PAV."""
+    options = first_pit.Options(
+        strategy=config.strategy,
+        seeds=config.seeds,
+        probes=config.probes,
+        threshold=config.promising,
+        pits=config.pits,
+        rollouts=config.rollouts,
+    )
+    return _over_problems(config, out, StepLabels, functools.partial(first_pit.valued_prefixes, options=options))
+
+
+def make_tree_labels(config: stages.TreeLabels, out: Path) -> bool:
+    """Step labels out of trees."""
+    required(config, "trees")
+    trees = read_rows(config.trees, Tree)
+    if not any(node.n_rollouts for tree in trees for node in tree.nodes):
+        raise UserError(f"{config.trees}: no node of these trees has counts (n_rollouts is 0 everywhere)")
+    rows: list[StepLabels] = []
+    dropped: Counter[str] = Counter()
+    for tree in trees:
+        found = step_labels(tree, single_steps=config.single_steps)
+        dropped["trees without a label"] += not found
+        rows += found
+    probed = sum(node.n_rollouts > 0 for tree in trees for node in tree.nodes[1:])
+    labels = sum(n > 0 for row in rows for n in row.n_rollouts[1:])
+    mixed = sum(0 < c < n for row in rows for c, n in zip(row.n_correct[1:], row.n_rollouts[1:], strict=True))
+    dropped["ends of edges of several steps"] = probed - labels
+    counts = {"step labels": labels, "of them neither all right nor all wrong": mixed}
+    _copy_step_format(config.trees, out)
+    write_rows(out, rows, dropped=+dropped, counts=counts)
+    return _finish(out, True)
+
+
+def make_tree_pairs(config: stages.TreePairs, out: Path) -> bool:
+    """Pairs out of trees."""
+    required(config, "trees")
+    pairs: list[Pair] = []
+    dropped: Counter[str] = Counter()
+    for tree in read_rows(config.trees, Tree):
+        how: dict[str, Any] = {"margin": config.margin, "whole_paths": config.whole_paths, "extremes": config.extremes}
+        found = step_pairs(tree, **how)
+        kept = step_pairs(tree, **how, most=config.per_problem, seed=config.seed)
+        dropped["trees without a pair"] += not found
+        dropped["pairs beyond the limit a problem"] += len(found) - len(kept)
+        pairs += kept
+    _copy_step_format(config.trees, out)
+    write_rows(out, pairs, dropped=+dropped)
+    return _finish(out, True)
+
+
+def make_sorm(config: stages.SORMLabels, out: Path) -> bool:
+    """Labels of a stepwise outcome model."""
+    required(config, "labels")
+    source = read_rows(config.labels, StepLabels)
+    if others := sorted({row.label_source for row in source} - {"monte_carlo"}):
+        raise UserError(f"{config.labels}: SORM labels are made from Monte-Carlo counts, found labels of {others[0]}")
+    rows, counts = sorm_rows(source, seed=config.seed, balance=config.balance)
+    _copy_step_format(config.labels, out)
+    write_rows(out, rows, counts=counts)
+    return _finish(out, True)
+
+
+def _copy_step_format(rows: str, out: Path) -> None:
+    """The layout that the rows were sampled in goes with what is made of them: trainers check it."""
+    source = Path(rows) / "step_format.json"
+    if source.is_file():
+        (make_folder(out) / source.name).write_bytes(source.read_bytes())
