@@ -19,9 +19,9 @@ from ..search.choose import best_credit, paired_bootstrap, pass_at_k, vote_credi
 from ..tasks.base import Problem, StepCheck, StepChecker, first_error
 from ..tasks.chain import ChainArith, hard_label_error_rates
 from ..tasks.load import load_task
-from . import stages
+from . import options_eval
 from .making import tell_cut_steps
-from .stages import first, required
+from .options import first, required
 
 RESULTS = "results.json"
 DETAILS = "details.json"  # what the report shows beside the numbers
@@ -62,7 +62,7 @@ class Arm:
     ledger: Ledger
 
 
-def evaluate_policies(config: stages.EvaluatePolicies, out: Path) -> None:
+def evaluate_policies(config: options_eval.EvaluatePolicies, out: Path) -> None:
     """Accuracy of every arm of every policy, differences from majority vote and from the first policy."""
     if not config.policies:
         raise UserError("policies is missing: name -> {greedy, samples, beam}, folders of Solution rows")
@@ -279,7 +279,7 @@ def _shown(
 # --- process reward models ---------------------------------------------------------------------------------------------
 
 
-def evaluate_prm(config: stages.EvaluatePRM, out: Path) -> None:
+def evaluate_prm(config: options_eval.EvaluatePRM, out: Path) -> None:
     """Step AUROC and first-error F1 against the exact checker, and label error rates beside their closed form."""
     required(config, "prm", "solutions")
     task = load_task(config.task)
@@ -396,7 +396,7 @@ def label_errors(
     return records
 
 
-def evaluate_processbench(config: stages.EvaluateProcessBench, out: Path) -> None:
+def evaluate_processbench(config: options_eval.EvaluateProcessBench, out: Path) -> None:
     """F1 of the first wrong step on each subset (arXiv:2412.06559), and their mean."""
     required(config, "prm")
     if not config.files:
@@ -465,7 +465,7 @@ def best_threshold(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> 
 # --- report ------------------------------------------------------------------------------------------------------------
 
 
-def make_report(config: stages.Report, out: Path) -> None:
+def make_report(config: options_eval.Report, out: Path) -> None:
     """One results.json and report.html beside the run's folders, and the table on the terminal."""
     from .report import write_run_report
     from .tables import format_table

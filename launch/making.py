@@ -24,11 +24,11 @@ from ..search.adapters import RewardScorer, StepPolicy
 from ..search.beam import beam_search
 from ..tasks.base import Problem, Task
 from ..tasks.load import load_task
-from . import stages
-from .stages import chunks, first, required
+from . import options, options_data, options_search
+from .options import chunks, first, required
 
 
-def _problems(config: stages.OnTask) -> tuple[Task, Sequence[Problem]]:
+def _problems(config: options.OnTask) -> tuple[Task, Sequence[Problem]]:
     task = load_task(config.task)
     problems = _split(task, config.split)
     return task, first(problems, config.limit)
@@ -47,7 +47,7 @@ def _split(task: Task, split: str) -> Sequence[Problem]:
     return problems
 
 
-def _policy(config: stages.WithPolicy, task: Task, *, keep_prefixes: bool = False) -> tuple[Engine, StepFormat]:
+def _policy(config: options.WithPolicy, task: Task, *, keep_prefixes: bool = False) -> tuple[Engine, StepFormat]:
     required(config, "policy")
     _check_device(config.device)
     engine = load_engine(
@@ -114,7 +114,7 @@ def _check_words(policy: str, engine: Engine, step_format: StepFormat, prompts: 
         print(told, flush=True)
 
 
-def _sampling(config: stages.WithPolicy) -> Sampling:
+def _sampling(config: options.WithPolicy) -> Sampling:
     return Sampling(config.max_new_tokens, config.temperature, config.top_p)
 
 
@@ -131,7 +131,7 @@ def _finish(out: Path, complete: bool) -> bool:
     return True
 
 
-def make_demonstrations(config: stages.Demonstrations, out: Path) -> bool:
+def make_demonstrations(config: options_data.Demonstrations, out: Path) -> bool:
     """One solution to learn from for each problem."""
     task, problems = _problems(config)
     units = chunks(problems, 1024)
@@ -139,7 +139,7 @@ def make_demonstrations(config: stages.Demonstrations, out: Path) -> bool:
     return _finish(out, make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name))
 
 
-def make_solutions(config: stages.Solutions, out: Path) -> bool:
+def make_solutions(config: options_data.Solutions, out: Path) -> bool:
     """Samples with verdicts."""
     task, problems = _problems(config)
     units = chunks(problems, config.unit_problems)
@@ -161,7 +161,7 @@ def make_solutions(config: stages.Solutions, out: Path) -> bool:
     return _finish(out, make_rows(out, Solution, units, work, shard=Shard.parse(config.shard), progress=out.name))
 
 
-def make_step_labels(config: stages.StepLabelling, out: Path) -> bool:
+def make_step_labels(config: options_data.StepLabelling, out: Path) -> bool:
     """Monte-Carlo counts for every prefix."""
     required(config, "solutions")
     task = load_task(config.task)
@@ -197,7 +197,7 @@ def make_step_labels(config: stages.StepLabelling, out: Path) -> bool:
     return _finish(out, make_rows(out, StepLabels, units, work, shard=Shard.parse(config.shard), progress=out.name))
 
 
-def make_best_solutions(config: stages.BestSolutions, out: Path) -> bool:
+def make_best_solutions(config: options_data.BestSolutions, out: Path) -> bool:
     """Rejection sampling: what the improved policy is trained on."""
     required(config, "solutions")
     solutions = read_rows(config.solutions, Solution)
@@ -215,7 +215,7 @@ def make_best_solutions(config: stages.BestSolutions, out: Path) -> bool:
     return _finish(out, True)
 
 
-def import_prm800k(config: stages.ImportPRM800K, out: Path) -> bool:
+def import_prm800k(config: options_data.ImportPRM800K, out: Path) -> bool:
     """PRM800K ratings as StepLabels rows."""
     required(config, "file")
     result = importers.prm800k(config.file, limit=config.limit, seed=config.seed)
@@ -223,7 +223,7 @@ def import_prm800k(config: stages.ImportPRM800K, out: Path) -> bool:
     return _finish(out, True)
 
 
-def copy_model(config: stages.CopyModel, out: Path) -> bool:
+def copy_model(config: options_data.CopyModel, out: Path) -> bool:
     """A checkpoint at its place in the run: that of the package, a folder's, or one from the hub."""
     source = Path(__file__).parent.parent / "models" / "lab_policy" if config.source == "lab" else Path(config.source)
     if not source.is_dir():
@@ -233,7 +233,7 @@ def copy_model(config: stages.CopyModel, out: Path) -> bool:
     return True
 
 
-def make_beam(config: stages.Beam, out: Path) -> bool:
+def make_beam(config: options_search.Beam, out: Path) -> bool:
     """Finished solutions of PRM beam search, ranked as found."""
     required(config, "reward")
     task, problems = _problems(config)

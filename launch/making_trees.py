@@ -16,13 +16,13 @@ from ..data_gen.rows import Pair, R, StepLabels, Tree
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..data_gen.tree_rows import step_labels, step_pairs
 from ..tasks.base import Problem
-from . import stages
+from . import options, options_data
 from .making import _check_words, _finish, _policy, _problems, _sampling
-from .stages import chunks, required
+from .options import chunks, required
 
 
 def _over_problems(
-    config: stages.WithPolicy, out: Path, row_type: type[R], generate: Callable[..., UnitResult[R]]
+    config: options.WithPolicy, out: Path, row_type: type[R], generate: Callable[..., UnitResult[R]]
 ) -> bool:
     """Units of problems through `generate(engine, task, step_format, problems, sampling=, seed=, policy=)`."""
     task, problems = _problems(config)
@@ -43,7 +43,7 @@ def _over_problems(
     return _finish(out, make_rows(out, row_type, units, work, shard=Shard.parse(config.shard), progress=out.name))
 
 
-def make_omegaprm(config: stages.OmegaPRMTrees, out: Path) -> bool:
+def make_omegaprm(config: options_data.OmegaPRMTrees, out: Path) -> bool:
     """Trees of OmegaPRM."""
     options = omegaprm.Options(
         rollouts=config.rollouts,
@@ -58,7 +58,7 @@ def make_omegaprm(config: stages.OmegaPRMTrees, out: Path) -> bool:
     return _over_problems(config, out, Tree, functools.partial(omegaprm.omegaprm_trees, options=options))
 
 
-def make_best_first(config: stages.BestFirstTrees, out: Path) -> bool:
+def make_best_first(config: options_data.BestFirstTrees, out: Path) -> bool:
     """Best-first trees of Tree-PLV."""
     generate = functools.partial(
         best_first_trees,
@@ -69,7 +69,7 @@ def make_best_first(config: stages.BestFirstTrees, out: Path) -> bool:
     return _over_problems(config, out, Tree, generate)
 
 
-def make_first_pit(config: stages.FirstPit, out: Path) -> bool:
+def make_first_pit(config: options_data.FirstPit, out: Path) -> bool:
     """Valued prefixes for PAV."""
     options = first_pit.Options(
         strategy=config.strategy,
@@ -82,7 +82,7 @@ def make_first_pit(config: stages.FirstPit, out: Path) -> bool:
     return _over_problems(config, out, StepLabels, functools.partial(first_pit.valued_prefixes, options=options))
 
 
-def make_tree_labels(config: stages.TreeLabels, out: Path) -> bool:
+def make_tree_labels(config: options_data.TreeLabels, out: Path) -> bool:
     """Step labels out of trees."""
     required(config, "trees")
     trees = read_rows(config.trees, Tree)
@@ -104,7 +104,7 @@ def make_tree_labels(config: stages.TreeLabels, out: Path) -> bool:
     return _finish(out, True)
 
 
-def make_tree_pairs(config: stages.TreePairs, out: Path) -> bool:
+def make_tree_pairs(config: options_data.TreePairs, out: Path) -> bool:
     """Pairs out of trees."""
     required(config, "trees")
     pairs: list[Pair] = []
@@ -121,7 +121,7 @@ def make_tree_pairs(config: stages.TreePairs, out: Path) -> bool:
     return _finish(out, True)
 
 
-def make_sorm(config: stages.SORMLabels, out: Path) -> bool:
+def make_sorm(config: options_data.SORMLabels, out: Path) -> bool:
     """Labels of a stepwise outcome model."""
     required(config, "labels")
     source = read_rows(config.labels, StepLabels)

@@ -25,7 +25,7 @@ from stepladder.launch.evaluate import (
     record,
     step_right,
 )
-from stepladder.launch.stages import EvaluatePolicies, EvaluatePRM, EvaluateProcessBench, Report
+from stepladder.launch.options_eval import EvaluatePolicies, EvaluatePRM, EvaluateProcessBench, Report
 from stepladder.models.ledger import Ledger
 from stepladder.tasks.chain import ChainArith, hard_label_error_rates
 

@@ -1,0 +1,175 @@
+"""Options of the stages that make rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import option
+from .options import OnTask, WithPolicy, at_least
+
+
+@dataclass
+class Demonstrations(OnTask):
+    """Writes one solution to learn from for each problem (Dialogue rows)."""
+
+
+@dataclass
+class Solutions(WithPolicy):
+    """Samples solutions of each problem with verdicts (Solution rows)."""
+
+    samples: int = option(8, "solutions of each problem")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "samples")
+
+
+@dataclass
+class StepLabelling(WithPolicy):
+    """Continues every prefix of every solution and counts right endings (StepLabels rows)."""
+
+    solutions: str = option("", "Solution rows to label")
+    per_problem: int = option(0, "label at most so many solutions of a problem, the first sampled; 0 for all")
+    rollouts: int = option(8, "continuations of each prefix")
+    stop_early: str = option(
+        "", "no more continuations once this label is decided: hard or threshold; empty samples all"
+    )
+    threshold: float = option(0.5, "with stop_early: threshold, positive if the share is greater than this")
+    confidence: float = option(1.0, "how sure a label must be to stop; 1: the rest could not change it")
+    round_rollouts: int = option(2, "with stop_early, continuations of a prefix between two looks")
+    consistent: bool = option(False, "count a right continuation only if it uses the result of the step before it")
+    unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "rollouts", "round_rollouts")
+        at_least(self, 0, "per_problem")
+        if self.stop_early not in ("", "hard", "threshold"):
+            raise ValueError(f"stop_early must be hard, threshold or empty, found {self.stop_early!r}")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"threshold must lie in [0, 1), found {self.threshold}")
+        if not 0.5 < self.confidence <= 1:
+            raise ValueError(f"confidence must lie in (0.5, 1], found {self.confidence}")
+
+
+@dataclass
+class OmegaPRMTrees(WithPolicy):
+    """Finds first errors by binary search in trees that reuse rollouts (OmegaPRM; Tree rows)."""
+
+    rollouts: int = option(8, "rollouts of each probed prefix")
+    filter_rollouts: int = option(32, "drop a problem if none or all of so many rollouts are right; 0: no filter")
+    search_limit: int = option(100, "wrong rollouts searched in each problem")
+    alpha: float = option(0.5, "how much a state that is mostly solved is preferred, in (0, 1]")
+    beta: float = option(0.9, "how much a short rollout is preferred, in (0, 1]")
+    length_scale: float = option(500.0, "tokens after which the length factor is beta")
+    c_puct: float = option(0.125, "weight of exploration")
+    min_tokens: int = option(0, "a span of fewer tokens is not split any further")
+    unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "rollouts", "search_limit")
+        at_least(self, 0, "filter_rollouts", "min_tokens", "c_puct")
+        if not (0 < self.alpha <= 1 and 0 < self.beta <= 1 and self.length_scale > 0):
+            raise ValueError("alpha and beta must lie in (0, 1] and length_scale must be greater than 0")
+
+
+@dataclass
+class BestFirstTrees(WithPolicy):
+    """Grows trees by the best next step, and judges all its siblings (Tree-PLV; Tree rows)."""
+
+    candidates: int = option(4, "next steps judged at each level")
+    completions: int = option(8, "completions that judge a step")
+    max_depth: int = option(40, "most steps of a solution")
+    unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 2, "candidates")
+        at_least(self, 1, "completions", "max_depth")
+
+
+@dataclass
+class FirstPit(WithPolicy):
+    """Values prefixes up to the first pit of wrong rollouts, or of i.i.d. solutions (PAV; StepLabels rows)."""
+
+    strategy: str = option("first_pit", "first_pit, or iid: all prefixes of all seeds")
+    seeds: int = option(8, "rollouts from each problem")
+    probes: int = option(4, "rollouts of a prefix while states and pits are looked for")
+    promising: float = option(0.25, "a state is promising if its share of right rollouts is greater than this")
+    pits: int = option(4, "wrong rollouts of a problem that are followed to their first pit")
+    rollouts: int = option(20, "rollouts of each kept prefix")
+    unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "seeds", "probes", "pits", "rollouts")
+        if self.strategy not in ("first_pit", "iid"):
+            raise ValueError(f"strategy must be first_pit or iid, found {self.strategy!r}")
+        if not 0 <= self.promising < 1:
+            raise ValueError(f"promising must lie in [0, 1), found {self.promising}")
+
+
+@dataclass
+class TreeLabels:
+    """Reads step labels out of trees (StepLabels rows)."""
+
+    trees: str = option("", "Tree rows with counts")
+    single_steps: bool = option(True, "only steps whose own prefix was probed too, as OmegaPRM labels")
+
+
+@dataclass
+class TreePairs:
+    """Reads pairs of sibling steps, or of paths that part at one step, out of trees (Pair rows)."""
+
+    trees: str = option("", "Tree rows")
+    margin: float = option(0.375, "least difference of the shares of right completions")
+    per_problem: int = option(0, "pairs of each tree at most, drawn with the seed; 0 for all")
+    whole_paths: bool = option(False, "go on with each step along its best judged descendants")
+    extremes: bool = option(False, "only the best and the worst of the siblings make a pair")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "per_problem")
+        if not 0 < self.margin <= 1:
+            raise ValueError(f"margin must lie in (0, 1], found {self.margin}")
+
+
+@dataclass
+class SORMLabels:
+    """Makes the labels of a stepwise outcome model from counts: monotone, distinct, balanced (StepLabels rows)."""
+
+    labels: str = option("", "StepLabels rows with counts, best made with consistent: true")
+    balance: bool = option(True, "as many positive as negative prefixes of each number of steps")
+    seed: int = option(0, "seed of the balance")
+
+
+@dataclass
+class BestSolutions:
+    """Keeps distinct right solutions of each problem to fine-tune on (Dialogue rows)."""
+
+    solutions: str = option("", "Solution rows to choose from")
+    reward: str = option("", "reward model that ranks right solutions; empty draws them")
+    per_problem: int = option(4, "right solutions kept for each problem")
+    separator: str = option("\n", "text between steps")
+    dtype: str = option("float32", "precision of the reward model")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_problem")
+
+
+@dataclass
+class ImportPRM800K:
+    """Imports PRM800K step ratings (StepLabels rows; +1 and 0 count as right, after arXiv:2501.07301)."""
+
+    file: str = option("", "JSON Lines, gzipped or not: nested records or one row a rated step")
+    limit: int = option(0, "use at most so many solutions, drawn with the seed; 0 for all")
+    seed: int = option(0, "seed of the draw")
+
+
+@dataclass
+class CopyModel:
+    """Copies a checkpoint: `lab` is the starting policy that ships with the package."""
+
+    source: str = option("lab", "lab, a checkpoint folder, or a hub id")
