@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -81,6 +82,11 @@ def to_dynamic_cache(stacked: torch.Tensor | None, config: Any) -> Any:
         for layer in range(stacked.shape[0] // 2):
             cache.update(stacked[2 * layer], stacked[2 * layer + 1], layer)
     return cache
+
+
+def cache_keyword(model: Any) -> str:
+    """What `model.forward` calls its key/value cache: `cache` from transformers 5.24 on, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def row_of(cache: Any, row: int, columns: torch.Tensor) -> torch.Tensor:

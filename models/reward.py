@@ -12,7 +12,7 @@ import torch
 from ..basics import UserError
 from .ledger import Ledger
 from .loading import load_model, load_tokenizer, pick_device
-from .prefix_cache import PrefixCache, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
+from .prefix_cache import PrefixCache, cache_keyword, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
 from .step_format import Encoded, StepFormat
 
 
@@ -61,6 +61,7 @@ class RewardModel:
         self.cache = cache if cache is not None and supports_prefix_cache(model) else None
         self.ledger = ledger or Ledger()
         self.parameters = sum(p.numel() for p in model.parameters())
+        self._cache_keyword = cache_keyword(model)
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
         self.cut_steps = 0  # steps that did not fit into the context and have no score of their own
 
@@ -149,8 +150,8 @@ class RewardModel:
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             position_ids=positions.to(device),
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{self._cache_keyword: cache},
         ).logits
         scores = self._probability(logits.float()).cpu()
         self.ledger.add_reward(self.parameters, sum(len(ids) - known for _, ids, _, _, known, _ in jobs))

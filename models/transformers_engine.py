@@ -9,7 +9,7 @@ import torch
 
 from .engine import Request, Sample, Sampling, StopReason
 from .ledger import Ledger
-from .prefix_cache import PrefixCache, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
+from .prefix_cache import PrefixCache, cache_keyword, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
 from .sampling import draw, uniforms
 
 
@@ -38,6 +38,7 @@ class TransformersEngine:
         self.ledger = ledger or Ledger()
         self.name = name or f"transformers:{model.name_or_path}:{str(model.dtype).removeprefix('torch.')}"
         self.parameters = sum(p.numel() for p in model.parameters())
+        self._cache_keyword = cache_keyword(model)
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         eos = tokenizer.eos_token_id if eos is None else eos
@@ -139,9 +140,9 @@ class TransformersEngine:
                 input_ids=now[:, None],
                 attention_mask=mask,
                 position_ids=(lengths + position)[:, None],
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{self._cache_keyword: cache},
             ).logits[:, -1]
         self.ledger.add_policy(self.parameters, generated=sum(map(len, ids)), calls=len(owners))
 
@@ -167,9 +168,9 @@ class TransformersEngine:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_keyword: cache},
         ).logits[:, -1]
         self.ledger.add_policy(
             self.parameters, prefilled=sum(len(p) - length for p, (length, _) in zip(prefixes, known, strict=True))
