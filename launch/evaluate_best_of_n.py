@@ -64,7 +64,7 @@ def evaluate_best_of_n(config: options_eval.EvaluateBestOfN, out: Path) -> None:
                     pair = (own, curves[other][k]) if other == MAJORITY else (curves[other][k], own)
                     records.append(record(label, metric, paired_bootstrap(*pair, seed=config.seed), n, config.seed))
         drawn[arm] = [[k, sum(own) / len(own)] for k, own in by_k.items()]
-    write_results(out, records, values=values, details={"best_of_n": drawn})
+    write_results(out, records, values=values)
     width = max(map(len, curves))
     print(" " * width + "".join(f"{'@' + str(k):>8s}" for k in ks))
     for arm, points in drawn.items():

@@ -20,7 +20,9 @@ def make_report(config: options_eval.Report, out: Path) -> None:
     records = [r for folder in config.results for r in read_json(Path(folder) / RESULTS)]
     details: dict[str, Any] = {}
     for folder in config.results:
-        details.update(read_json(Path(folder) / DETAILS))
+        for name, found in read_json(Path(folder) / DETAILS).items():
+            # Two evaluations of reward models may each bring arms of their own.
+            details[name] = {**details[name], **found} if name in details and name == "values" else found
     curves = {name: _curve(Path(folder) / "metrics.jsonl") for name, folder in config.curves.items()}
     run = out.parent
     write_json(run / RESULTS, records)
