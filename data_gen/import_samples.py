@@ -67,4 +67,4 @@ def math_best_of_8(record: Record) -> Iterator[Solution]:
         flat = [one[0] if isinstance(one, list) and one else one for one in logits]
         if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in flat):
             raise record.wrong("pred_score", "numbers", logits)
-        record.scores = [[1 / (1 + math.exp(-v))] for v in flat]
+        record.scores = [[1 / (1 + math.exp(-max(-700.0, min(700.0, v))))] for v in flat]

@@ -119,7 +119,10 @@ def _others_table(records: Sequence[Record]) -> str:
         rows.append([_text(f"{of}: {measure}"), *cells, *costs])
     if not rows:
         return ""
-    caption = "A closed form is what the measured value would be for a policy that errs uniformly."
+    caption = (
+        "A closed form of label errors holds for a policy that errs uniformly; beside pass_at_1 stands the policy's exact value, and "
+        "beside value_rms_gap what the sampling of the counts alone makes it."
+    )
     heads = ["measured", "closed form", "n", "FLOPs", "seconds"]
     return _table("Reward models and labels", [("", heads)], rows, caption)
 
@@ -203,14 +206,18 @@ def pool_section(records: Sequence[Record]) -> str:
                 drawn[words] = points
         if drawn:
             panels.append(f"<div><h4>{_text(of)}</h4>{charts.pool_chart(drawn, 'samples k', 'accuracy, %')}</div>")
-    tables = [
-        _table(
-            CURVES[kind],
-            [("", [f"k = {k}" for k in curves.ks])],
-            [[_text(label), *map(_cell, found)] for label, found in curves.rows(kind)],
-        )
-        for kind in curves.kinds
-    ]
+    tables = []
+    for kind in curves.kinds:
+        groups_of_columns = [("", [f"k = {k}" for k in curves.ks])]
+        rows = [
+            [_text(label), *(_cell(r, difference=kind == "minus_majority") for r in found)]
+            for label, found in curves.rows(kind)
+        ]
+        if kind == "accuracy":
+            tables.append(_table(CURVES[kind], groups_of_columns, rows))
+        else:
+            table = _table("", groups_of_columns, rows)
+            tables.append(f"<details><summary>{_text(CURVES[kind])}</summary>{table}</details>")
     figure = ""
     if panels:
         words = (
