@@ -167,7 +167,7 @@ def evaluate_processbench(config: options_eval.EvaluateProcessBench, out: Path) 
     """F1 of the first wrong step on each subset (arXiv:2412.06559), and their mean."""
     if config.prm:
         config = dataclasses.replace(config, kind="prm", model=config.prm)
-    required(config, "model" if config.model else "prm")
+    required(config, "model")
     if not config.files:
         raise UserError("files is missing: subset -> file of ProcessBench records")
     records = {subset: first(importers.process_bench(path), config.limit) for subset, path in config.files.items()}

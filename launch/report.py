@@ -120,8 +120,8 @@ def _others_table(records: Sequence[Record]) -> str:
     if not rows:
         return ""
     caption = (
-        "A closed form of label errors holds for a policy that errs uniformly; beside pass_at_1 stands the policy's exact value, and "
-        "beside value_rms_gap what the sampling of the counts alone makes it."
+        "A closed form of label errors holds for a policy that errs uniformly; beside pass_at_1 stands the policy's exact "
+        "value, and beside value_rms_gap what the sampling of the counts alone makes it."
     )
     heads = ["measured", "closed form", "n", "FLOPs", "seconds"]
     return _table("Reward models and labels", [("", heads)], rows, caption)
