@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def content_of(model: str) -> list[str]:
 
 
 def bootstrap_groups(
-    groups: Sequence[Sequence[int]], value: Callable[[list[int]], float], seed: int, resamples: int = 200
+    groups: Sequence[Sequence[int]], value: Any, seed: int, resamples: int = 200
 ) -> tuple[float, float, float]:
     """(value, low, high): a 95 % bootstrap that draws whole problems, for values that are no means over problems."""
     import numpy as np

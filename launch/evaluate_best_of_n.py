@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..basics import UserError, fold_seed, read_json
+from ..config import build
 from ..data_gen.rows import Solution
 from ..data_gen.store import read_about, read_rows
+from ..models.judges import StepScorer
 from ..models.ledger import Ledger
 from ..models.reward import RewardModel, aggregate
 from ..search.choose import best_of_k, majority_of_k, paired_bootstrap, pass_at_k, weighted_of_k
 from . import options_eval
 from .evaluate import record, values_of, write_results
+from .evaluate_first_errors import judge_of
 from .options import first, required
 from .scoring import Scored
 
@@ -30,28 +34,28 @@ def evaluate_best_of_n(config: options_eval.EvaluateBestOfN, out: Path) -> None:
     pool = {problem: pool[problem] for problem in first(list(pool), config.limit)}
     ks = draw_sizes(config.ks, [len(own) for own in pool.values()])
     scores, costs = _scores(config, rows, out)
-    curves: dict[str, dict[int, list[float]]] = {}  # arm -> k -> a value for each problem
-    for arm, values in _votes(rows, pool, ks).items():
-        curves[arm] = values
+    curves = _votes(rows, pool, ks)  # arm -> k -> a value for each problem
+    model_of: dict[str, str] = {}
     for name, steps in scores.items():
         for how in config.aggregations:
             totals = [aggregate(one, how) for one in steps]
-            curves[f"best_{name}_{how}"] = {k: [] for k in ks}
-            curves[f"weighted_{name}_{how}"] = {k: [] for k in ks}
-            for problem, own in pool.items():
-                right, mine = [rows[i].right for i in own], [totals[i] for i in own]
-                answers = [rows[i].answer for i in own]
+            best, weighted = f"best_{name}_{how}", f"weighted_{name}_{how}"
+            for arm in (best, weighted):
+                curves[arm], model_of[arm] = {k: [] for k in ks}, name
+            for problem, places in pool.items():
+                right, mine = [rows[i].right for i in places], [totals[i] for i in places]
+                answers = [rows[i].answer for i in places]
                 for k in ks:
-                    curves[f"best_{name}_{how}"][k].append(best_of_k(mine, right, k))
-                    curves[f"weighted_{name}_{how}"][k].append(
-                        weighted_of_k(
-                            answers, right, mine, k, subsets=config.subsets, seed=fold_seed(config.seed, problem, k)
-                        )
+                    drawn = fold_seed(config.seed, problem, k)  # the same draws for every model
+                    curves[best][k].append(best_of_k(mine, right, k))
+                    curves[weighted][k].append(
+                        weighted_of_k(answers, right, mine, k, subsets=config.subsets, seed=drawn)
                     )
     sampled = Ledger(**read_about(config.samples)["ledger"]) if Path(config.samples).is_dir() else Ledger()
-    records, values, drawn = [], [], {}
+    records: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
     for arm, by_k in curves.items():
-        model = next((name for name in scores if arm.startswith((f"best_{name}_", f"weighted_{name}_"))), "")
+        model = model_of.get(arm, "")
         for k, own in by_k.items():
             paid = _share(sampled + costs.get(model, Ledger()), k, rows, pool)
             n, label = len(own), f"pool/{arm}"
@@ -63,12 +67,11 @@ def evaluate_best_of_n(config: options_eval.EvaluateBestOfN, out: Path) -> None:
                 for metric, other in ((f"minus_majority@{k}", MAJORITY), (f"oracle_gap@{k}", PASS)):
                     pair = (own, curves[other][k]) if other == MAJORITY else (curves[other][k], own)
                     records.append(record(label, metric, paired_bootstrap(*pair, seed=config.seed), n, config.seed))
-        drawn[arm] = [[k, sum(own) / len(own)] for k, own in by_k.items()]
     write_results(out, records, values=values)
     width = max(map(len, curves))
     print(" " * width + "".join(f"{'@' + str(k):>8s}" for k in ks))
-    for arm, points in drawn.items():
-        print(arm.ljust(width) + "".join(f"{100 * value:8.1f}" for _, value in points))
+    for arm, by_k in curves.items():
+        print(arm.ljust(width) + "".join(f"{100 * sum(own) / len(own):8.1f}" for own in by_k.values()))
 
 
 def draw_sizes(asked: Sequence[int], pools: Sequence[int]) -> list[int]:
@@ -109,7 +112,7 @@ def _scores(
     """Step scores of every row, by model or from files, and what the models cost."""
     if both := set(config.models) & set(config.scores):
         raise UserError(f"{sorted(both)[0]} is named both in models and in scores")
-    models = {name: RewardModel.load(path, dtype=config.dtype) for name, path in config.models.items()}
+    models = {name: _model(config, name, told) for name, told in config.models.items()}
     scored = Scored(out, "pool", models)
     found = {name: scored.steps(name, "samples", rows) or [] for name in models}
     for name, path in config.scores.items():
@@ -122,6 +125,16 @@ def _scores(
                 raise UserError(f"{path}, entry {i + 1}: expected a list of numbers, found {one!r:.80}")
         found[name] = read
     return found, {name: scored.cost(name, "samples") for name in models}
+
+
+def _model(config: options_eval.EvaluateBestOfN, name: str, told: Any) -> StepScorer:
+    """A reward model by its folder, or any judge by the options of one."""
+    if isinstance(told, str):
+        return RewardModel.load(told, dtype=config.dtype)
+    if not isinstance(told, Mapping):
+        raise UserError(f"models.{name} must be a folder or keys and values, found {told!r}")
+    known = {"dtype": config.dtype, "seed": config.seed}
+    return judge_of(build(options_eval.Judged, {**known, **told}, f"models.{name}"))
 
 
 def _share(whole: Ledger, k: int, rows: Sequence[Solution], pool: Mapping[str, Sequence[int]]) -> Ledger:

@@ -114,7 +114,9 @@ class EvaluateBestOfN:
     """Curves over k from one pool of samples: best-of-k, weighted vote, majority, pass@k (results.json)."""
 
     samples: str = option("", "Solution rows, several of each problem")
-    models: dict[str, str] = option({}, "name -> reward model that ranks them")
+    models: dict[str, Any] = option(
+        {}, "name -> reward model that ranks them, or {kind: ..., model: ...}: any judge of eval.first_error"
+    )
     scores: dict[str, str] = option(
         {}, "name -> JSON file with a list of step scores for each row, as data.import writes"
     )

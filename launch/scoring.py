@@ -8,6 +8,7 @@ from typing import Any
 
 from ..basics import fingerprint, read_json, write_json
 from ..data_gen.rows import Solution
+from ..models.critic import Critic
 from ..models.judges import ErrorFinder, StepScorer
 from ..models.ledger import Ledger
 from ..models.reward import aggregate
@@ -29,7 +30,8 @@ class Scored:
         model = self.models.get(which)
         if model is None:
             return None
-        key = fingerprint([content_of(model.name), [(r.problem_id, r.sample, r.steps) for r in rows]])
+        settings = [model.settings] if isinstance(model, Critic) else []
+        key = fingerprint([content_of(model.name), [(r.problem_id, r.sample, r.steps) for r in rows], *settings])
         path = self.out / f"scores-{self.name}-{kind}-{which}.json"
         if path.is_file() and (kept := read_json(path)).get("key") == key:
             self.ledgers[which, kind] = Ledger(**kept["ledger"])

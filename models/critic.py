@@ -110,6 +110,7 @@ class Critic:
                 raise UserError(f"the critic's prompt must contain {part}, found {prompt[:80]!r}")
         self.writer, self.name, self.ledger = writer, name, writer.ledger
         self.samples, self.prompt, self.seed = samples, prompt, seed
+        self.settings = [samples, prompt, seed, repr(getattr(writer, "sampling", None))]  # what its votes depend on
         self.step_format = SimpleNamespace(aggregation="min")
 
     def votes(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[int | None]]:

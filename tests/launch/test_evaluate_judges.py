@@ -349,6 +349,27 @@ def test_curves_of_a_model_keep_its_scores_and_serve_a_claim(tmp_path: Path, tab
     assert measured["ci"] == [-0.5, 0.0]  # bootstrapped over the two problems
 
 
+def test_a_pool_is_ranked_by_any_judge(
+    tmp_path: Path, critic: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stepladder.launch import evaluate_best_of_n as curves
+
+    rows, _ = pool(tmp_path)
+    writer = critic(lambda prompt, _: "\\boxed{-1}" if "q 0" in prompt or "p 0" in prompt else "\\boxed{0}")
+    monkeypatch.setattr(curves, "judge_of", judging.judge_of)
+    config = EvaluateBestOfN(samples=rows, models={"c": {"kind": "critic", "model": "x"}}, ks=[4], aggregations=["min"])
+    evaluate_best_of_n(config, tmp_path / "out")
+    evaluate_best_of_n(config, tmp_path / "out")
+    assert writer.prompts == 8
+    assert found(tmp_path / "out")["pool/best_c_min", "accuracy@4"] == 1.0
+    for told, message in (
+        ({"kind": "oracle"}, "models.c: kind must be one of"),
+        (3, "models.c must be a folder or keys"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_best_of_n(dataclasses.replace(config, models={"c": told}), tmp_path / "two")
+
+
 def test_sizes_of_draws() -> None:
     assert draw_sizes([], [16, 20]) == [1, 2, 4, 8, 16]
     assert draw_sizes([], [6]) == [1, 2, 4, 6]
