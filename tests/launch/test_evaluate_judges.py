@@ -217,7 +217,7 @@ def test_a_critic_is_judged_by_its_votes_and_asked_once(
     write_json(tmp_path / "out" / "votes-x.json", {**kept, "votes": kept["votes"][:2]})
     evaluate_processbench(config, tmp_path / "out")
     assert (writer.prompts, found(tmp_path / "out")) == (8, got)
-    # Verdicts on "no wrong step": a and b right, c and e wrong; d, which cannot be read, counts as what it is not. TP 2, FP 1, TN 2.
+    # "No wrong step": said of a and b, not of c and e; d, which cannot be read, counts as what it is not: TP 2, FP 1, TN 2.
     general = EvaluateFirstErrors(
         kind="critic", model="c", samples=3, temperature=1.0, files=files, format="processbench"
     )
