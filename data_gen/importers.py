@@ -1,141 +1,112 @@
-"""Imports of published step-labelled data into rows."""
+"""Imports of published step-labelled data into rows, one record at a time.
+
+A format is a small function from one record to rows; `import_rows` reads the file, counts what is left out and keeps a random
+share if that is asked for. A record that is not of the format ends the import with one sentence that names it.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..basics import UserError, fold_seed, read_jsonl
+from ..basics import UserError, fold_seed
 from ..tasks.records import read_records
-from .rows import Source, StepLabels
+from .import_errors import big_bench_mistake, mr_ben, mr_gsm8k, prmbench, processbench
+from .import_samples import gsm8k_solutions, math_best_of_8
+from .import_values import math_aps, math_shepherd, stepwise
+from .imported import LeftOut, Record, process_bench_record
+from .prm800k import prm800k
+from .rows import Solution, StepLabels, Tree
 from .store import UnitResult
 
+Reader = Callable[[Record], Iterator[Any]]
 
-def prm800k(path: str | Path, *, limit: int = 0, seed: int = 0) -> UnitResult[StepLabels]:
-    """StepLabels of PRM800K (arXiv:2305.20050) in either of its two shapes, as one human count a step.
+# format -> (what its rows are, how one record is read)
+FORMATS: dict[str, tuple[type, Reader]] = {
+    "math_shepherd": (StepLabels, math_shepherd),
+    "stepwise": (StepLabels, stepwise),
+    "math_aps": (Tree, math_aps),
+    "processbench": (StepLabels, processbench),
+    "prmbench": (StepLabels, prmbench),
+    "mr_gsm8k": (StepLabels, mr_gsm8k),
+    "mr_ben": (StepLabels, mr_ben),
+    "big_bench_mistake": (StepLabels, big_bench_mistake),
+    "gsm8k_solutions": (Solution, gsm8k_solutions),
+    "math_best_of_8": (Solution, math_best_of_8),
+}
+NAMES = ("prm800k", *FORMATS)
 
-    Ratings +1 and 0 count as right and -1 as wrong, after Qwen (arXiv:2501.07301). A solution is the chain of chosen steps of
-    one labelling; it ends with the first step that is rated -1 (what people wrote in its place is another solution). Steps
-    without a rating have a count of 0. `limit` solutions are drawn with the seed.
+
+@dataclass
+class Imported(UnitResult[Any]):
+    """Rows with what was left out, and step scores of each row where the data bring some."""
+
+    scores: list[list[float]] = field(default_factory=list)
+
+
+def import_rows(
+    path: str | Path,
+    format: str,
+    *,
+    limit: int = 0,
+    seed: int = 0,
+    rollouts: int = 0,
+    label_source: str = "monte_carlo",
+    row_type: type | None = None,
+) -> Imported:
+    """The rows of a file or hub data set of a published format; `limit` of them, drawn with the seed, if it is not 0.
+
+    `rollouts` is how many continuations a share stands for (math_aps, stepwise; 0 takes the format's own), `label_source` what
+    labels of the format stepwise are. Raises UserError for an unknown format, for a record that is not of the format, and if the
+    rows are not of `row_type`.
     """
-    records = [record for _, record in read_jsonl(path)]
-    if not records:
-        raise UserError(f"{path}: the data set is empty")
-    if "label" in records[0]:
-        solutions = [s for i, r in enumerate(records) for s in _nested(r, f"{path}, record {i + 1}")]
-    elif "next_response" in records[0]:
-        solutions = list(_flat(records, str(path)))
-    else:
-        raise UserError(
-            f"{path}: not PRM800K: expected records with label and question, or with instruction, responses, next_response "
-            f"and rating; found fields {', '.join(records[0])}"
+    if format not in NAMES:
+        from ..config import unknown_key
+
+        raise UserError(str(unknown_key(format, NAMES, "import")).replace("unknown key", "unknown format"))
+    made = StepLabels if format == "prm800k" else FORMATS[format][0]
+    if row_type is not None and made is not row_type:
+        raise UserError(f"format {format} gives {made.__name__} rows, {row_type.__name__} rows are needed")
+    if format == "prm800k":
+        found = prm800k(path, limit=limit, seed=seed)
+        return Imported(found.rows, found.dropped)
+    read = FORMATS[format][1]
+    dropped: Counter[str] = Counter()
+    drawn = random.Random(fold_seed(seed, "import", format))
+    kept: list[tuple[int, Any, list[float]]] = []
+    seen = 0
+    for number, (where, values) in enumerate(read_records(str(path))):
+        record = Record(
+            values, where, number, Path(str(path)).name.split(".")[0], seed, dropped, rollouts, label_source
         )
-    result: UnitResult[StepLabels] = UnitResult([])
-    seen: set[tuple[str, tuple[str, ...]]] = set()
-    source = Source("people", "none", "prm800k", seed)
-    for prompt, gold, steps, ratings in solutions:
-        if (prompt, steps) in seen:
-            result.dropped["duplicates"] += 1
-            continue
-        seen.add((prompt, steps))
-        if not any(r is not None for r in ratings):
-            result.dropped["solutions without a rating"] += 1
-            continue
-        bad = next((i for i, r in enumerate(ratings) if r == -1), None)
-        counts = [(0, 0)] + [(0, 0) if r is None else (int(r >= 0), 1) for r in ratings]
-        result.rows.append(
-            StepLabels(
-                problem_id=f"prm800k/{fold_seed(0, prompt) % 10**12:012d}",
-                prompt=prompt,
-                gold=gold,
-                sample=len(result.rows),
-                steps=steps,
-                n_correct=tuple(c for c, _ in counts),
-                n_rollouts=tuple(n for _, n in counts),
-                label_source="human",
-                outcome="wrong" if bad is not None else "right",
-                first_error=bad,
-                first_error_known=True,
-                source=source,
-            )
-        )
-    if limit and limit < len(result.rows):
-        kept = sorted(random.Random(fold_seed(seed, "prm800k")).sample(range(len(result.rows)), limit))
-        result.dropped["beyond the limit"] = len(result.rows) - limit
-        result.rows = [result.rows[i] for i in kept]
-    return result
-
-
-_Rated = tuple[str, str, tuple[str, ...], list[int | None]]
-
-
-def _nested(record: dict[str, Any], where: str) -> Iterator[_Rated]:
-    """Solutions of the release's own shape: label.steps[].completions[].rating; one for each alternative that was rated."""
-    try:
-        prompt, gold = record["question"]["problem"], str(record["question"].get("ground_truth_answer") or "")
-        prefix: list[str] = []
-        ratings: list[int | None] = []
-        for step in record["label"]["steps"]:
-            completions = step.get("completions") or []
-            chosen = step.get("chosen_completion")
-            for i, completion in enumerate(completions):
-                if i != chosen and completion.get("rating") == -1:
-                    yield prompt, gold, (*prefix, completion["text"].strip()), [*ratings, -1]
-            if chosen is not None:
-                taken = completions[chosen]
-                prefix.append(taken["text"].strip())
-                ratings.append(taken.get("rating"))
-            elif step.get("human_completion"):
-                prefix.append(step["human_completion"]["text"].strip())
-                ratings.append(1)  # written by the labeller in place of what was wrong
-            else:
-                break
-            if ratings[-1] == -1:
-                break
-        if prefix:
-            yield prompt, gold, tuple(prefix), ratings
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{where}: not a PRM800K record ({type(error).__name__}: {error})") from None
-
-
-def _flat(records: list[dict[str, Any]], where: str) -> Iterator[_Rated]:
-    """Solutions of the one-row-a-rated-step shape: ratings of the steps before are looked up among the other rows."""
-    rating_of: dict[tuple[str, ...], int | None] = {}
-    extended: set[tuple[str, ...]] = set()
-    chains: list[tuple[str, tuple[str, ...]]] = []
-    for i, record in enumerate(records, 1):
         try:
-            prompt = record["instruction"]
-            before = tuple(str(s).strip() for s in record["responses"])
-            chain = (*before, str(record["next_response"]).strip())
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{where}, record {i}: field {error} is missing") from None
-        rating_of[prompt, *chain] = record.get("rating")
-        extended.add((prompt, *before))
-        chains.append((prompt, chain))
-    for prompt, chain in chains:
-        # Only the longest chains: a prefix that goes on is contained in what it goes on to.
-        if (prompt, *chain) in extended:
+            rows = list(read(record))
+        except LeftOut as reason:
+            dropped[str(reason)] += 1
             continue
-        ratings = [rating_of.get((prompt, *chain[: k + 1])) for k in range(len(chain))]
-        bad = next((k for k, r in enumerate(ratings) if r == -1), None)
-        cut = len(chain) if bad is None else bad + 1
-        yield prompt, "", chain[:cut], ratings[:cut]
+        for position, row in enumerate(rows):
+            one = (seen, row, record.scores[position] if record.scores else [])
+            seen += 1
+            # A reservoir: every row has the same chance, whatever the length of the file, and no more are held.
+            if not limit or len(kept) < limit:
+                kept.append(one)
+            elif (place := drawn.randrange(seen)) < limit:
+                kept[place] = one
+    if limit and seen > limit:
+        dropped["beyond the limit"] += seen - limit
+    kept.sort(key=lambda one: one[0])
+    scores = [scores for _, _, scores in kept]
+    return Imported([row for _, row, _ in kept], dropped, scores=scores if any(scores) else [])
 
 
 def process_bench(path: str | Path) -> list[dict[str, Any]]:
     """ProcessBench records of a file or hub split: id, problem, steps, label (-1: no error), final_answer_correct."""
-    records = [dict(record) for _, record in read_records(str(path))]
-    for i, record in enumerate(records, 1):
-        missing = [k for k in ("problem", "steps", "label") if k not in record]
-        if missing:
-            raise UserError(f"{path}, record {i}: field {missing[0]} is missing (found {', '.join(record)})")
-        if not isinstance(record["steps"], list) or not all(isinstance(s, str) for s in record["steps"]):
-            raise UserError(f"{path}, record {i}: steps must be a list of texts, found {record['steps']!r:.80}")
-        if not isinstance(record["label"], int) or not -1 <= record["label"] < len(record["steps"]):
-            raise UserError(
-                f"{path}, record {i}: label must lie between -1 and the last step, found {record['label']!r}"
-            )
-    return records
+    return [process_bench_record(dict(record), f"{path}, record {i}") for i, (_, record) in enumerate(_read(path), 1)]
+
+
+def _read(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    return read_records(str(path))

@@ -126,6 +126,23 @@ def line_chart(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str)
     return area.svg(f"{y_label} over {x_label}: {words}")
 
 
+def pool_chart(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str) -> str:
+    """Lines over the number of samples, on a logarithmic axis, with their last value; in percent."""
+    every = [p for points in lines.values() for p in points]
+    (x_low, x_high), (y_low, y_high) = ((min(v), max(v)) for v in zip(*every, strict=True))
+    pad = 0.06 * (y_high - y_low) or 1.0
+    area = Area((x_low, max(x_high, 2 * x_low)), (max(0.0, y_low - pad), min(102.0, y_high + pad)), 220, log=True)
+    area.axes(x_label, y_label, sorted({x for x, _ in every}))
+    places = spread([area.down(points[-1][1]) for points in lines.values()], 14, area.height)
+    for s, (points, place) in enumerate(zip(lines.values(), places, strict=True)):
+        area.path(points, s)
+        for x, y in points:
+            area.mark(area.across(x), area.down(y), s)
+        area.text(100, place, f"{points[-1][1]:.1f}", "value", 10)
+    words = "; ".join(f"{name} from {p[0][1]:.1f} to {p[-1][1]:.1f}" for name, p in lines.items())
+    return area.svg(f"{y_label} over {x_label}: {words}")
+
+
 def reliability_chart(bins: Sequence[tuple[float, Interval]], labels: tuple[str, str]) -> str:
     """(score, share with interval) against the diagonal on which a score is the share it foretells."""
     area = Area((0, 1), (0, 1), 260)

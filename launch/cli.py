@@ -16,11 +16,12 @@ HELP = """usage: stepladder COMMAND ...
 
   quickstart [--out DIR] [--seed N] [--from-scratch]   the whole loop on the lab, in minutes on a CPU
   run RECIPE.yaml [--out DIR] [stage.key=value ...]    the stages of a recipe; what is done is skipped
-  data STAGE --config FILE [--key value ...]           demonstrations, solutions, step_labels, best_solutions, prm800k,
-                                                       omegaprm, best_first, first_pit, tree_labels, tree_pairs, sorm
+  data STAGE --config FILE [--key value ...]           demonstrations, solutions, step_labels, best_solutions, import,
+                                                       omegaprm, best_first, first_pit, tree_labels, tree_pairs, sorm,
+                                                       prm800k
   train STAGE --config FILE [--key value ...]          sft, orm, prm
   search STAGE --config FILE [--key value ...]         beam
-  eval STAGE --config FILE [--key value ...]           policies, prm, processbench
+  eval STAGE --config FILE [--key value ...]           policies, best_of_n, prm, first_error, processbench, prmbench
   claims run NAME [--out DIR] [--results DIR]          puts a paper's claim to the test: all its seeds, one result file
   claims table [--results DIR] [--out FILE]            the page of all claims from their result files; claims list: names
   import-gguf FILE --out DIR [--dtype bfloat16]        a plain Hugging Face checkpoint from a GGUF file

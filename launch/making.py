@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..basics import UserError, make_folder, told_as_user_error
+from ..basics import UserError, make_folder, told_as_user_error, write_json
 from ..data_gen import importers
 from ..data_gen.rows import Dialogue, Solution, Source, StepLabels
 from ..data_gen.solutions import best_solutions, demonstrations, sample_solutions
@@ -223,6 +223,19 @@ def import_prm800k(config: options_data.ImportPRM800K, out: Path) -> bool:
     return _finish(out, True)
 
 
+def import_rows(config: options_data.Import, out: Path) -> bool:
+    """Rows of a published format; scores.json beside them holds the step scores that some data bring."""
+    required(config, "file", "format")
+    found = importers.import_rows(
+        config.file, config.format, limit=config.limit, seed=config.seed, rollouts=config.rollouts,
+        label_source=config.label_source,
+    )  # fmt: skip
+    if found.scores:
+        write_json(out / "scores.json", found.scores)
+    write_rows(out, found.rows, dropped=found.dropped)
+    return _finish(out, True)
+
+
 def copy_model(config: options_data.CopyModel, out: Path) -> bool:
     """A checkpoint at its place in the run: that of the package, a folder's, or one from the hub."""
     source = Path(__file__).parent.parent / "models" / "lab_policy" if config.source == "lab" else Path(config.source)
@@ -276,9 +289,9 @@ def make_beam(config: options_search.Beam, out: Path) -> bool:
     return _finish(out, make_rows(out, Solution, units, work, shard=Shard.parse(config.shard), progress=out.name))
 
 
-def tell_cut_steps(reward: RewardModel) -> None:
+def tell_cut_steps(reward: Any) -> None:
     """Prints how many steps a reward model could not read, if there are any."""
-    if reward.cut_steps:
+    if getattr(reward, "cut_steps", 0):
         print(
             f"{reward.name}: {reward.cut_steps} steps did not fit into the context of {reward.context} tokens "
             "and took the score before them",

@@ -169,6 +169,28 @@ class ImportPRM800K:
 
 
 @dataclass
+class Import:
+    """Imports published data: step labels, first errors, trees or samples with verdicts (StepLabels, Tree or Solution rows)."""
+
+    file: str = option("", "file (JSON, JSON Lines, parquet; gzipped or not) or hub id, owner/name:config:split")
+    format: str = option(
+        "", "prm800k, math_shepherd, stepwise, math_aps, processbench, prmbench, mr_gsm8k, mr_ben, big_bench_mistake, "
+        "gsm8k_solutions or math_best_of_8"
+    )  # fmt: skip
+    rollouts: int = option(
+        0, "continuations that a share stands for, of math_aps (0: 32) and stepwise (0: labels are 0 or 1)"
+    )
+    label_source: str = option(
+        "monte_carlo", "what the labels of the format stepwise are: monte_carlo, human or checker"
+    )
+    limit: int = option(0, "use at most so many rows, drawn with the seed; 0 for all")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "rollouts", "limit")
+
+
+@dataclass
 class CopyModel:
     """Copies a checkpoint: `lab` is the starting policy that ships with the package."""
 

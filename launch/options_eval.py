@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import option
+from .options import at_least
+
+JUDGES = ("prm", "critic", "served_prm", "served_critic")
+AGGREGATIONS = ("last", "min", "prod", "mean")
 
 
 @dataclass
@@ -36,19 +40,99 @@ class EvaluatePRM:
     limit: int = option(2000, "judge at most so many solutions; 0 for all")
     dtype: str = option("float32", "precision of the reward models")
     seed: int = option(0, "seed of the bootstrap")
+    process: bool = option(False, "also flawed right answers that are found, and where the lowest score stands")
+    policy: str = option("", "the policy of the solutions: scores are set beside its exact values (chain tasks)")
+    contexts: int = option(8, "with policy: random problems in which each of its facts is read")
+    temperature: float = option(1.0, "with policy: the temperature at which it was sampled")
+    top_p: float = option(1.0, "with policy: the nucleus in which it was sampled")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "limit")
+        at_least(self, 1, "contexts")
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise ValueError("temperature must be greater than 0 and top_p must lie in (0, 1]")
 
 
 @dataclass
-class EvaluateProcessBench:
-    """ProcessBench F1 of a process reward model (results.json)."""
+class Judged:
+    """What every stage over solutions with known first errors is told: the judge, and how its scores become verdicts."""
 
-    prm: str = option("", "process reward model")
-    files: dict[str, str] = option({}, "subset -> JSON file or hub split of ProcessBench records")
+    kind: str = option("prm", "the judge: prm, critic (a language model), served_prm or served_critic")
+    model: str = option("", "the judge's folder or hub id, or a served model's name")
+    dtype: str = option("float32", "precision of the judge")
+    base_url: str = option("", "address of the server, for a served judge or backend openai")
+    layout: str = option("", "folder with tokenizer and step_format.json of a served reward model; empty takes model")
+    backend: str = option("transformers", "what runs a critic: transformers, vllm or openai")
+    samples: int = option(1, "critiques of each solution, which vote; 8 at temperature 1 and top_p 0.9 in ProcessBench")
+    temperature: float = option(0.0, "sampling temperature of a critic; 0 is greedy")
+    top_p: float = option(1.0, "nucleus of a critic")
+    max_new_tokens: int = option(2048, "longest critique in tokens")
+    prompt: str = option("", "a critic's prompt with {problem} and {paragraphs}; empty takes ProcessBench's")
+    batch_size: int = option(64, "critiques sampled at once, or requests under way")
     threshold: float | None = option(0.5, "a step under it is wrong; null tunes it on `tune_on`")
-    tune_on: str = option("gsm8k", "the subset a threshold is tuned on, for scalar models whose scale is free")
+    tune_on: str = option("", "the subset a threshold is tuned on; it is to be left out of what you report")
     limit: int = option(0, "use at most so many records of each subset; 0 for all")
-    dtype: str = option("float32", "precision of the reward model")
-    seed: int = option(0, "seed of the bootstrap")
+    seed: int = option(0, "seed of critiques and of the bootstrap")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "samples", "max_new_tokens", "batch_size")
+        at_least(self, 0, "limit", "temperature")
+        if self.kind not in JUDGES:
+            raise ValueError(f"kind must be one of {', '.join(JUDGES)}, found {self.kind!r}")
+        if self.kind.startswith("served") and not self.base_url:
+            raise ValueError(f"kind {self.kind} needs base_url, such as http://localhost:8000")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], found {self.top_p}")
+
+
+@dataclass
+class EvaluateProcessBench(Judged):
+    """ProcessBench F1 of a process reward model or a critic (results.json)."""
+
+    prm: str = option("", "short for kind: prm and model: ...")
+    files: dict[str, str] = option({}, "subset -> JSON file or hub split of ProcessBench records")
+    tune_on: str = option("gsm8k", "the subset a threshold is tuned on, for scalar models whose scale is free")
+
+
+@dataclass
+class EvaluateFirstErrors(Judged):
+    """Finds the first wrong step of any solutions for which it is known (results.json)."""
+
+    files: dict[str, str] = option({}, "subset -> file or hub split of `format`, or a folder of StepLabels rows")
+    format: str = option("rows", "rows, processbench, mr_gsm8k, mr_ben, big_bench_mistake, prmbench, prm800k")
+
+
+@dataclass
+class EvaluatePRMBench(Judged):
+    """PRMBench: F1 of right and of wrong steps and PRMScore, by class of error (results.json)."""
+
+    file: str = option("", "file or hub split of PRMBench records")
+
+
+@dataclass
+class EvaluateBestOfN:
+    """Curves over k from one pool of samples: best-of-k, weighted vote, majority, pass@k (results.json)."""
+
+    samples: str = option("", "Solution rows, several of each problem")
+    models: dict[str, Any] = option(
+        {}, "name -> reward model that ranks them, or {kind: ..., model: ...}: any judge of eval.first_error"
+    )
+    scores: dict[str, str] = option(
+        {}, "name -> JSON file with a list of step scores for each row, as data.import writes"
+    )
+    aggregations: list[str] = option(list(AGGREGATIONS), "how step scores become one: last, min, prod, mean")
+    ks: list[int] = option([], "sizes of the draws; empty takes 1, 2, 4 ... and the size of the pool")
+    subsets: int = option(200, "random draws for a weighted vote, which has no closed form")
+    dtype: str = option("float32", "precision of the reward models")
+    limit: int = option(0, "use the first so many problems; 0 for all")
+    seed: int = option(0, "seed of the draws and of the bootstrap")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "limit")
+        at_least(self, 1, "subsets")
+        for how in self.aggregations:
+            if how not in AGGREGATIONS:
+                raise ValueError(f"aggregations must be some of {', '.join(AGGREGATIONS)}, found {how!r}")
 
 
 @dataclass

@@ -18,7 +18,7 @@ import yaml
 
 from ..basics import write_atomic
 from . import charts
-from .tables import DIFFERENCE, Answers, Record, other_name, other_pairs, short, show
+from .tables import CURVES, DIFFERENCE, Answers, Curves, Record, other_name, other_pairs, short, show
 
 SHOWN_METRICS = ("loss", "accuracy", "token_accuracy")  # of metrics.jsonl; each beside its eval_ twin
 
@@ -36,11 +36,13 @@ def write_run_report(
     """Writes the report of a run: results, plots, training curves, cost by stage, and solutions to browse.
 
     `curves` are the metrics.jsonl of training stages, `costs` the ledgers of the stages that made rows, `details` what the
-    evaluation stages kept to be shown (`solutions`, `calibration`).
+    evaluation stages kept to be shown (`solutions`, `calibration`, `values`).
     """
     sections = [
         ("Results", results_section(records)),
+        ("Choosing among k samples", pool_section(records)),
         ("Step scores", calibration_section(details.get("calibration"))),
+        ("Step scores and exact values", values_section(details.get("values"))),
         ("Solutions", solutions_section(details.get("solutions") or [])),
         ("Training", curves_section(curves)),
         ("Cost by stage", costs_section(costs)),
@@ -117,7 +119,10 @@ def _others_table(records: Sequence[Record]) -> str:
         rows.append([_text(f"{of}: {measure}"), *cells, *costs])
     if not rows:
         return ""
-    caption = "A closed form is what the measured value would be for a policy that errs uniformly."
+    caption = (
+        "A closed form of label errors holds for a policy that errs uniformly; beside pass_at_1 stands the policy's exact "
+        "value, and beside value_rms_gap what the sampling of the counts alone makes it."
+    )
     heads = ["measured", "closed form", "n", "FLOPs", "seconds"]
     return _table("Reward models and labels", [("", heads)], rows, caption)
 
@@ -175,6 +180,64 @@ def _interval(record: Record) -> charts.Interval | None:
         return None
     low, high = record["ci"] or (record["value"], record["value"])
     return 100 * record["value"], 100 * low, 100 * high
+
+
+def pool_section(records: Sequence[Record]) -> str:
+    """Accuracy over the number of samples, a panel for each reward model and aggregation, and the tables of all curves."""
+    curves = Curves(records)
+    if not curves.arms:
+        return ""
+    series = {"pass@k": "pass", "majority@k": "majority", "best-of-k": "best", "weighted best-of-k": "weighted"}
+    groups: dict[tuple[str, int], dict[str, str]] = {}  # (pool/model_aggregation, seed) -> rule -> arm
+    for arm, seed in curves.arms:
+        pool, _, name = arm.rpartition("/")
+        rule, _, of = name.partition("_")
+        if of and rule in series.values():
+            groups.setdefault((f"{pool}/{of}", seed), {})[rule] = arm
+    panels = []
+    for (name, seed), arms in groups.items() or {("", curves.arms[0][1]): {}}.items():
+        pool, _, of = name.rpartition("/")
+        arms = {"pass": f"{pool or 'pool'}/pass", "majority": f"{pool or 'pool'}/majority", **arms}
+        drawn = {}
+        for words, rule in series.items():
+            found = [(k, curves.find("accuracy", (arms.get(rule, ""), seed), k)) for k in curves.ks]
+            points = [(float(k), 100 * r["value"]) for k, r in found if r and r["value"] is not None]
+            if points:
+                drawn[words] = points
+        if drawn:
+            panels.append(f"<div><h4>{_text(of)}</h4>{charts.pool_chart(drawn, 'samples k', 'accuracy, %')}</div>")
+    tables = []
+    for kind in curves.kinds:
+        groups_of_columns = [("", [f"k = {k}" for k in curves.ks])]
+        rows = [
+            [_text(label), *(_cell(r, difference=kind == "minus_majority") for r in found)]
+            for label, found in curves.rows(kind)
+        ]
+        if kind == "accuracy":
+            tables.append(_table(CURVES[kind], groups_of_columns, rows))
+        else:
+            table = _table("", groups_of_columns, rows)
+            tables.append(f"<details><summary>{_text(CURVES[kind])}</summary>{table}</details>")
+    figure = ""
+    if panels:
+        words = (
+            "Expected accuracy of k samples drawn from the pool. pass@k asks whether any is right, and no choice can exceed it; "
+            "majority needs no model. How step scores become one number is named behind the model."
+        )
+        figure = _figure("", charts.legend(list(series)) + f'<div class="panels">{"".join(panels)}</div>', words)
+    return figure + "".join(tables)
+
+
+def values_section(data: Mapping[str, Sequence[Sequence[float]]] | None) -> str:
+    """Mean exact value of the policy over mean step score, in ten bins, for each model."""
+    panels = []
+    for arm, bins in (data or {}).items():
+        points = [(score, (value, value, value)) for score, value, _ in bins]
+        if points:
+            chart = charts.reliability_chart(points, ("step score", "exact value of the policy"))
+            panels.append(f"<div><h4>{_text(arm)}</h4>{chart}</div>")
+    words = "The probability that the policy ends right from a step, computed and not sampled. On the dashed line a score is it."
+    return _figure("", f'<div class="panels">{"".join(panels)}</div>', words) if panels else ""
 
 
 # --- training and step scores ------------------------------------------------------------------------------------------

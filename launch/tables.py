@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,10 @@ Record = Mapping[str, Any]
 Row = tuple[str, int, int]
 
 # Metrics that are shares and read best in percent.
-PERCENT = ("accuracy", "label_", "step_error_rate")
+PERCENT = (
+    "accuracy", "label_", "step_error_rate", "step_accuracy", "verdict_accuracy", "pass_at_1", "flawed_right", "lowest_is_last",
+    "unparseable", "minus_majority@", "oracle_gap@",
+)  # fmt: skip
 DIFFERENCE = "accuracy_minus_"
 CLOSED_FORM = "_closed_form"
 WIDTH = 100
@@ -89,9 +93,45 @@ def is_answer(record: Record) -> bool:
     return "/" in record["arm"] and (metric == "accuracy" or metric.startswith(DIFFERENCE))
 
 
+_AT_K = re.compile(r"(accuracy|minus_majority|oracle_gap)@([0-9]+)")
+CURVES = {
+    "accuracy": "accuracy@k, %",
+    "minus_majority": "minus majority@k, points",
+    "oracle_gap": "pass@k minus it, points",
+}
+
+
+class Curves:
+    """The records of curves over the number k of samples, `accuracy@8` of an arm and the like: `find` by what, arm and k.
+
+    `arms` are (arm, seed), as they came; `ks` ascend.
+    """
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self._found: dict[tuple[str, tuple[str, int], int], Record] = {}
+        for record in records:
+            if match := _AT_K.fullmatch(record["metric"]):
+                self._found[match[1], (record["arm"], record["seed"]), int(match[2])] = record
+        self.arms = list(dict.fromkeys(arm for _, arm, _ in self._found))
+        self.ks = sorted({k for _, _, k in self._found})
+        self.kinds = [kind for kind in CURVES if any(kind == found for found, _, _ in self._found)]
+
+    def label(self, arm: tuple[str, int]) -> str:
+        """The arm's name, with its seed if the records have several."""
+        return arm[0] + (f", seed {arm[1]}" if len({seed for _, seed in self.arms}) > 1 else "")
+
+    def find(self, kind: str, arm: tuple[str, int], k: int) -> Record | None:
+        return self._found.get((kind, arm, k))
+
+    def rows(self, kind: str) -> list[tuple[str, list[Record | None]]]:
+        """(label, record at each k) of the arms that have the kind."""
+        found = [(self.label(arm), [self.find(kind, arm, k) for k in self.ks]) for arm in self.arms]
+        return [(label, records) for label, records in found if any(records)]
+
+
 def other_pairs(records: Sequence[Record]) -> list[tuple[Record | None, Record | None]]:
     """(measured, closed form) of everything that is no policy's accuracy; None where one of the two was not given."""
-    others = [r for r in records if not is_answer(r)]
+    others = [r for r in records if not is_answer(r) and not _AT_K.fullmatch(r["metric"])]
     key = lambda r: (r["arm"], r["metric"].removesuffix(CLOSED_FORM), r["seed"])
     closed = {key(r): r for r in others if r["metric"].endswith(CLOSED_FORM)}
     pairs: list[tuple[Record | None, Record | None]] = []
@@ -112,7 +152,7 @@ def format_table(records: Sequence[Record]) -> str:
     """The aligned tables that a command prints, for a terminal of 100 columns.
 
     First accuracy in percent with its 95 % interval, policies side by side, and the cost in the same order; then
-    differences in points; then everything else, a closed form beside what was measured.
+    differences in points; then curves over the number of samples; then everything else, a closed form beside what was measured.
     """
     answers = Answers(records)
     tables = []
@@ -130,6 +170,13 @@ def format_table(records: Sequence[Record]) -> str:
             found = [answers.find(p, row, metric) for p, metric in answers.differences]
             if any(found):
                 rows.append([answers.label(row), *map(show, found)])
+        tables.append(rows)
+    curves = Curves(records)
+    for kind in curves.kinds:
+        # Without their intervals, which are in results.json: a curve is read along its row.
+        value = lambda record: show({**record, "ci": None}) if record else "-"
+        rows = [[CURVES[kind], *(f"k = {k}" for k in curves.ks)]]
+        rows += [[label, *map(value, found)] for label, found in curves.rows(kind)]
         tables.append(rows)
     if pairs := other_pairs(records):
         rows = [["measure", "of", "measured", "closed form", "n"]]

@@ -6,6 +6,7 @@ share of right answers among the tied ones (first-come would reward the order of
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -66,6 +67,79 @@ def best_of_k(scores: Sequence[float], right: Sequence[bool], k: int) -> float:
         if n - i > 0:
             probability *= (n - i - k + 1) / (n - i)
     return float(total)
+
+
+def majority_of_k(answers: Sequence[str | None], right: Sequence[bool]) -> list[float]:
+    """Expected correctness [n] of the majority vote of k = 1, 2 ... n samples drawn without replacement from the n given; exact.
+
+    Sums over the winning count m: with n_a samples of answer a, a draw in which t answers (u of them right) have m votes each and
+    all others fewer contributes u / t. The numbers of such draws of size k are the coefficients of
+
+        prod_a (sum_{c < m} C(n_a, c) x^c  +  C(n_a, m) x^m s^[a right] w^[a wrong])  prod_None (1 + x)
+
+    and are divided by C(n, k). A draw of unreadable answers alone is wrong.
+    """
+    n = len(answers)
+    counts: dict[str, int] = {}
+    is_right: dict[str, bool] = {}
+    for answer, good in zip(answers, right, strict=True):
+        if answer is not None:
+            counts[answer] = counts.get(answer, 0) + 1
+            is_right[answer] = is_right.get(answer, False) or good
+    unread = n - sum(counts.values())
+    credit = np.zeros(n + 1)
+    for m in range(1, max(counts.values(), default=0) + 1):
+        # An answer with fewer than m samples cannot tie, and at most `able` can.
+        able = {good: sum(c >= m and is_right[a] == good for a, c in counts.items()) for good in (True, False)}
+        draws = np.zeros((n + 1, able[True] + 1, able[False] + 1))  # [size of the draw, right ties, wrong ties]
+        draws[:, 0, 0] = [math.comb(unread, c) for c in range(n + 1)]
+        for answer, count in counts.items():
+            made = np.zeros_like(draws)
+            for c in range(min(m - 1, count) + 1):
+                made[c:] += math.comb(count, c) * draws[: n + 1 - c]
+            if count >= m:
+                ways = math.comb(count, m) * draws[: n + 1 - m]
+                if is_right[answer]:
+                    made[m:, 1:] += ways[:, :-1]
+                else:
+                    made[m:, :, 1:] += ways[:, :, :-1]
+            draws = made
+        u, w = np.ogrid[: able[True] + 1, : able[False] + 1]
+        credit += (draws * np.where(u + w, u / np.maximum(u + w, 1), 0.0)).sum((1, 2))
+    return [float(credit[k] / math.comb(n, k)) for k in range(1, n + 1)]
+
+
+def weighted_of_k(
+    answers: Sequence[str | None],
+    right: Sequence[bool],
+    weights: Sequence[float],
+    k: int,
+    *,
+    subsets: int = 200,
+    seed: int = 0,
+) -> float:
+    """Expected correctness of the weighted vote of k of n samples: exact for k = 1 and k = n, else the mean of `vote_credit` over
+    `subsets` random draws (no closed form is known; arXiv:2407.21787 takes 100)."""
+    n = len(answers)
+    if not 1 <= k <= n:
+        raise ValueError(f"1 <= k <= n must hold, found n={n}, k={k}")
+    if k == n:
+        return vote_credit(answers, right, weights)
+    names = sorted({a for a in answers if a is not None})
+    if not names:
+        return 0.0
+    good = np.array([any(r for a, r in zip(answers, right, strict=True) if a == name) for name in names])
+    if k == 1:
+        return float(sum(good[names.index(a)] for a in answers if a is not None) / n)
+    votes = np.array([[w * (a == name) for name in names] for a, w in zip(answers, weights, strict=True)])  # [n, A]
+    present = np.array([[a == name for name in names] for a in answers])
+    drawn = np.random.default_rng(seed).random((subsets, n)).argsort(1)[:, :k]
+    mask = np.zeros((subsets, n))
+    np.put_along_axis(mask, drawn, 1.0, axis=1)
+    totals = np.where(mask @ present > 0, mask @ votes, -np.inf)  # [subsets, A]
+    best = totals.max(1, keepdims=True)
+    winners = np.isclose(totals, best, rtol=1e-9, atol=1e-12) & np.isfinite(totals)
+    return float(((winners * good).sum(1) / np.maximum(winners.sum(1), 1)).mean())
 
 
 def paired_bootstrap(

@@ -108,7 +108,8 @@ class ChainArith:
         )
         return Problem("", prompt, str(value), {"start": start, "operations": operations, "steps": steps})
 
-    def _parse(self, problem: Problem) -> tuple[int, list[tuple[str, int]]]:
+    def parse(self, problem: Problem) -> tuple[int, list[tuple[str, int]]]:
+        """(start value, operations) of a problem's text."""
         head, *rest = problem.prompt.strip().split(" ; ")
         return int(head.split()[1]), [(part.split()[0], int(part.split()[1])) for part in rest]
 
@@ -145,13 +146,18 @@ class ChainArith:
         return (apply(value, operation, operand, self.p) + rng.randrange(1, self.p)) % self.p
 
     def _write(self, problem, result) -> list[str]:
-        value, operations = self._parse(problem)
+        value, operations = self.parse(problem)
         lines = []
         for operation, operand in operations:
             after = result(value, operation, operand)
             lines.append(f"{value} {operation} {operand} = {after}")
             value = after
         return [*lines, f"Answer: {value}"]
+
+    def written_result(self, step: str) -> int | None:
+        """The result that a line `z op a = z'` writes; None for a line of another form or a number that is no residue."""
+        line = _STEP.fullmatch(step.strip())
+        return int(line[4]) if line and int(line[4]) < self.p else None
 
     # --- checks --------------------------------------------------------------------------------------------------------
 
@@ -171,7 +177,7 @@ class ChainArith:
         `local_ok`: the line has the right operation, starts from the value on the line before and holds mod p; an answer line
         must repeat the last value after all operations. `on_track`: the written result is the reference's at that point.
         """
-        value, operations = self._parse(problem)
+        value, operations = self.parse(problem)
         written, right = value, value  # what the solution holds, what the reference holds
         checks = []
         for index, step in enumerate(steps):

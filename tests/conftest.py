@@ -157,7 +157,8 @@ import atexit, json, os, runpy, sys, traceback, warnings
 
 tell = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-from stepladder.launch import cli, evaluate, making, pipeline, report, tables
+from stepladder.launch import cli, evaluate_first_errors, evaluate_policies, evaluate_steps, make_report, making, pipeline
+from stepladder.launch import report, tables
 from stepladder.trainers import orm, prm, sft
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.models.llama import modeling_llama

@@ -58,8 +58,10 @@ def test_help_names_every_stage_that_can_be_run(capsys: Any) -> None:
     for kind in stages.STAGES:
         group, _, name = kind.partition(".")
         if group in cli.GROUPS:
-            line = next(line for line in said.splitlines() if line.strip().startswith(f"{group} STAGE"))
-            assert name in line.split("] ")[-1].replace(" ", "").split(",")
+            # The names may go on in the lines below, up to the next command.
+            listed = re.search(rf"^  {group} STAGE .*?\] ((?:.*\n(?:    .*\n)*))", said, re.MULTILINE)
+            assert listed
+            assert name in listed[1].replace(" ", "").replace("\n", ",").split(",")
     for group in cli.GROUPS:
         main([group])
         listed = capsys.readouterr().out

@@ -14,19 +14,14 @@ import pytest
 from stepladder.basics import UserError, read_json, write_json
 from stepladder.data_gen.rows import Solution, Source, StepLabels
 from stepladder.data_gen.store import write_rows
-from stepladder.launch import evaluate
-from stepladder.launch.evaluate import (
-    best_threshold,
-    evaluate_policies,
-    evaluate_prm,
-    evaluate_processbench,
-    label_errors,
-    make_report,
-    record,
-    step_right,
-)
+from stepladder.launch.evaluate import record
+from stepladder.launch.evaluate_first_errors import best_threshold, evaluate_processbench
+from stepladder.launch.evaluate_policies import evaluate_policies
+from stepladder.launch.evaluate_steps import evaluate_prm, label_errors, step_right
+from stepladder.launch.make_report import make_report
 from stepladder.launch.options_eval import EvaluatePolicies, EvaluatePRM, EvaluateProcessBench, Report
 from stepladder.models.ledger import Ledger
+from stepladder.models.reward import RewardModel
 from stepladder.tasks.chain import ChainArith, hard_label_error_rates
 
 SOURCE = Source("policy", "fake", "chain", 0)
@@ -61,8 +56,7 @@ class Table:
 def models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
     """Reward models by path, in place of checkpoints."""
     known: dict[str, Table] = {}
-    load = lambda path, dtype="float32": known[path]
-    monkeypatch.setattr(evaluate, "RewardModel", SimpleNamespace(load=load))
+    monkeypatch.setattr(RewardModel, "load", staticmethod(lambda path, dtype="float32": known[path]))
     return known
 
 

@@ -18,8 +18,10 @@ from stepladder.launch.report import (
     calibration_section,
     costs_section,
     curves_section,
+    pool_section,
     provenance_section,
     results_section,
+    values_section,
     wilson,
     write_report,
     write_run_report,
@@ -332,3 +334,29 @@ def shown(tmp_path: Path, source: str) -> Page:
     quiet = f"--disable-component-update --disable-sync --user-data-dir={tmp_path / 'profile'} --dump-dom"
     command = ["chromium", *flags.split(), *quiet.split(), f"file://{tmp_path / 'shown.html'}"]
     return Page(subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout)
+
+
+def test_curves_over_samples_are_drawn_for_each_model_and_kept_in_tables():
+    arms = ("pass", "majority", "best_prm_min", "weighted_prm_min", "best_orm_last")
+    records = [
+        record(f"pool/{arm}", f"accuracy@{k}", (10 * a + k) / 100, [0.01, 0.5])
+        for a, arm in enumerate(arms)
+        for k in (1, 4)
+    ]
+    records.append(record("pool/best_prm_min", "minus_majority@4", 0.1, [0.05, 0.2]))
+    page = Page(pool_section(records))
+    assert page.text.count("accuracy, %") == 2  # a panel for prm_min and one for orm_last
+    assert "prm_min" in page.text
+    for a in range(len(arms)):
+        assert f"{10 * a + 4}.0" in page.text
+    assert "<b>10.0</b>" in pool_section(records)
+    assert "best-of-k from 21.0 to 24.0" in pool_section(records)
+    assert pool_section(RECORDS) == ""
+    # Without a model the two curves that need none are drawn.
+    assert "majority@k from 11.0 to 14.0" in pool_section(records[:4])
+
+
+def test_exact_values_are_drawn_beside_scores():
+    drawn = values_section({"prm": [(0.2, 0.3, 5), (0.9, 0.7, 2)], "none": []})
+    assert drawn.count("<h4>") == 1
+    assert values_section(None) == values_section({}) == ""

@@ -98,3 +98,39 @@ def test_short_keeps_three_digits():
         1.05e12: "1.05T",
     }
     assert {count: short(count) for count in want} == want
+
+
+def test_curves_have_a_row_an_arm_and_a_column_a_size():
+    records = [
+        record("pool/pass", "accuracy@1", 0.5, [0.4, 0.6]),
+        record("pool/pass", "accuracy@16", 0.95),
+        record("pool/pass", "accuracy@2", 0.7),
+        record("pool/best_prm_min", "accuracy@16", 0.6),
+        record("pool/best_prm_min", "minus_majority@16", -0.0004),
+        record("pool/best_prm_min", "oracle_gap@16", 0.35),
+        record("prm", "step_auroc", 0.5, n=7),
+    ]
+    want = """\
+accuracy@k, %      k = 1  k = 2  k = 16
+---------------------------------------
+pool/pass          50.0   70.0   95.0
+pool/best_prm_min  -      -      60.0
+
+minus majority@k, points  k = 1  k = 2  k = 16
+----------------------------------------------
+pool/best_prm_min         -      -      0.0
+
+pass@k minus it, points  k = 1  k = 2  k = 16
+---------------------------------------------
+pool/best_prm_min        -      -      35.0
+
+measure     of   measured  closed form  n
+-----------------------------------------
+step_auroc  prm  0.500                  7"""
+    assert format_table(records) == want
+
+
+def test_curves_of_several_seeds_name_them():
+    text = format_table([record("pool/pass", "accuracy@1", s / 10, seed=s) for s in range(2)])
+    assert "pool/pass, seed 0" in text
+    assert "pool/pass, seed 1" in text

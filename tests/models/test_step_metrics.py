@@ -7,7 +7,18 @@ import random
 
 import pytest
 
-from stepladder.models.step_metrics import auroc, expected_calibration_error, first_error_f1, predicted_first_error
+from stepladder.models.step_metrics import (
+    auroc,
+    binary_f1,
+    correlation,
+    expected_calibration_error,
+    first_error_f1,
+    lowest_is_last,
+    matthews,
+    predicted_first_error,
+    prm_score,
+    reliability,
+)
 
 
 def slow_auroc(scores, positive):
@@ -103,3 +114,61 @@ def test_calibration_does_not_depend_on_the_order():
     found = expected_calibration_error(*zip(*pairs, strict=True))
     rng.shuffle(pairs)
     assert expected_calibration_error(*zip(*pairs, strict=True)) == pytest.approx(found)
+
+
+def test_a_verdict_that_could_not_be_read_is_wrong_on_either_side():
+    assert first_error_f1([None, -1], [-1, -1])["accuracy_correct"] == 0.5
+    assert first_error_f1([None, 2], [1, 2])["accuracy_error"] == 0.5
+
+
+def test_binary_f1_and_matthews_against_counting():
+    rng = random.Random(3)
+    for _ in range(40):
+        n = rng.randint(1, 12)
+        said, true = [rng.random() < 0.6 for _ in range(n)], [rng.random() < 0.5 for _ in range(n)]
+        count = lambda a, b, said=said, true=true: sum(s == a and t == b for s, t in zip(said, true, strict=True))
+        tp, tn, fp, fn = count(True, True), count(False, False), count(True, False), count(False, True)
+        precision, recall = tp / (tp + fp) if tp + fp else 0.0, tp / (tp + fn) if tp + fn else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+        assert binary_f1(said, true) == pytest.approx(f1)
+        below = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        assert matthews(said, true) == pytest.approx((tp * tn - fp * fn) / below if below else 0.0)
+    assert matthews([True, False], [True, False]) == 1.0
+    assert matthews([False, True], [True, False]) == -1.0
+    assert math.isnan(matthews([], []))
+    assert math.isnan(binary_f1([], []))
+
+
+def test_prm_score_by_hand():
+    # Right steps: 2 of 3 said right, one wrong one said right: F1 = 4/6. Wrong steps: 1 of 2 found, one false alarm: 2/4.
+    found = prm_score([True, True, False, True, False], [True, True, True, False, False])
+    assert found == {"f1": pytest.approx(2 / 3), "negative_f1": 0.5, "prm_score": pytest.approx((2 / 3 + 0.5) / 2)}
+
+
+def test_correlation():
+    assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx(1.0)
+    assert correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    # Deviations (-1, 0, 1) and (-4/3, 5/3, -1/3): 1 / sqrt(2 * 14/3)
+    assert correlation([0, 1, 2], [0, 3, 1]) == pytest.approx(1 / math.sqrt(28 / 3))
+    assert math.isnan(correlation([1, 1], [0, 1]))
+    assert math.isnan(correlation([1], [1]))
+    with pytest.raises(ValueError, match="cannot be paired"):
+        correlation([1, 2], [1])
+
+
+def test_the_bins_of_the_reliability_add_up_to_the_calibration_error():
+    rng = random.Random(2)
+    scores, outcomes = [rng.random() for _ in range(200)] + [1.0, 0.0], [rng.random() for _ in range(202)]
+    bins = reliability(scores, outcomes)
+    assert sum(n for *_, n in bins) == 202
+    gap = sum(abs(s - y) * n for s, y, n in bins) / 202
+    assert gap == pytest.approx(expected_calibration_error(scores, outcomes))
+    assert reliability([], []) == []
+
+
+def test_the_lowest_score_is_the_last_only_if_it_is_alone():
+    assert lowest_is_last([0.5, 0.4])
+    assert not lowest_is_last([0.4, 0.4])
+    assert not lowest_is_last([0.3, 0.4])
+    assert not lowest_is_last([0.1])
+    assert not lowest_is_last([])

@@ -8,7 +8,15 @@ import random
 import numpy as np
 import pytest
 
-from stepladder.search.choose import best_credit, best_of_k, paired_bootstrap, pass_at_k, vote_credit
+from stepladder.search.choose import (
+    best_credit,
+    best_of_k,
+    majority_of_k,
+    paired_bootstrap,
+    pass_at_k,
+    vote_credit,
+    weighted_of_k,
+)
 
 
 @pytest.mark.parametrize(
@@ -154,3 +162,57 @@ def test_the_bootstrap_covers_the_truth_as_often_as_it_says():
         _, low, high = paired_bootstrap(arm, baseline, resamples=500)
         covered += low <= 0.2 <= high
     assert 0.90 < covered / 300 < 0.99
+
+
+def subsets(n, k):
+    return list(itertools.combinations(range(n), k))
+
+
+@pytest.mark.parametrize("good", [{"b"}, {"a", "c"}, set()])
+def test_the_majority_of_k_is_the_mean_over_all_draws(good):
+    """Also with two right answers, answers that cannot be read, and votes that tie."""
+    rng = random.Random(len(good))
+    for n in (1, 2, 5, 8):
+        for _ in range(8):
+            answers = [rng.choice(["a", "b", "c", "d", None]) for _ in range(n)]
+            right = [a in good for a in answers]
+            found = majority_of_k(answers, right)
+            want = [
+                np.mean([vote_credit([answers[i] for i in s], [right[i] for i in s]) for s in subsets(n, k)])
+                for k in range(1, n + 1)
+            ]
+            assert found == pytest.approx(want), answers
+
+
+def test_the_majority_of_a_pool_without_an_answer_is_wrong():
+    assert majority_of_k([None, None], [False, False]) == [0.0, 0.0]
+    assert majority_of_k([], []) == []
+
+
+def test_a_weighted_vote_of_k_is_near_the_mean_over_all_draws_and_exact_at_both_ends():
+    rng = random.Random(1)
+    for _ in range(10):
+        n = 7
+        answers = [rng.choice(["a", "b", None]) for _ in range(n)]
+        right, weights = [a == "a" for a in answers], [rng.choice([0.1, 0.5, 0.9, 0.9]) for _ in range(n)]
+        for k in range(1, n + 1):
+            draws = [
+                vote_credit([answers[i] for i in s], [right[i] for i in s], [weights[i] for i in s])
+                for s in subsets(n, k)
+            ]
+            found = weighted_of_k(answers, right, weights, k, subsets=2000, seed=3)
+            # Four standard errors of a mean of 2000 draws.
+            near = 1e-9 if k in (1, n) else 4 * np.std(draws) / 2000**0.5 + 1e-9
+            assert found == pytest.approx(np.mean(draws), abs=near), (answers, k)
+    assert weighted_of_k(answers, right, weights, 3, seed=5) == weighted_of_k(answers, right, weights, 3, seed=5)
+
+
+def test_weights_of_one_make_a_majority():
+    answers = ["a", "a", "b", "c", "b", None]
+    right = [a == "a" for a in answers]
+    exact = majority_of_k(answers, right)
+    assert weighted_of_k(answers, right, [1.0] * 6, 4, subsets=4000) == pytest.approx(exact[3], abs=0.03)
+    # A vote of weight 0 is a vote still: it wins where nothing else was drawn.
+    assert weighted_of_k(["a", None], [True, False], [0.0, 9.0], 2) == 1.0
+    with pytest.raises(ValueError, match="1 <= k <= n"):
+        weighted_of_k(["a"], [True], [1.0], 2)
