@@ -27,11 +27,13 @@ def _numbers(text: str) -> list[float]:
     return [float(found.replace(",", "")) for found in _NUMBER.findall(text)]
 
 
-def sorm_rows(rows: Sequence[StepLabels], *, seed: int, balance: bool = True) -> tuple[list[StepLabels], Counter[str]]:
+def sorm_rows(
+    rows: Sequence[StepLabels], *, seed: int, propagate: bool = True, balance: bool = True
+) -> tuple[list[StepLabels], Counter[str]]:
     """SORM labels as rows of one judgement a step (n_rollouts 1), and what was counted on the way.
 
     1. A prefix is positive if at least one continuation ended right.
-    2. Positive propagation: a prefix of a positive prefix is positive, in whichever row of the problem that one stands. Labels
+    2. Positive propagation, with `propagate`: a prefix of a positive prefix is positive, in whichever row of the problem that one stands. Labels
        along a solution become 1 .. 1 0 .. 0, and the first 0 is the first error.
     3. A prefix that stands in several rows keeps its label in the first.
     4. With `balance`, of each number of steps separately as many positive as negative prefixes are kept, drawn with the seed.
@@ -48,7 +50,7 @@ def sorm_rows(rows: Sequence[StepLabels], *, seed: int, balance: bool = True) ->
                 key = (row.problem_id, row.steps[:t])
                 raw[key] = raw.get(key, False) or correct > 0
     for problem_id, steps in (key for key, right in raw.items() if right):
-        positive.update((problem_id, steps[:t]) for t in range(len(steps) + 1))
+        positive.update((problem_id, steps[:t]) for t in range(0 if propagate else len(steps), len(steps) + 1))
     counts["labels made positive by a later step"] = sum(not right and key in positive for key, right in raw.items())
 
     seen: set[tuple[str, tuple[str, ...]]] = set()

@@ -11,7 +11,7 @@ from typing import Any
 from ..basics import UserError, make_folder
 from ..data_gen import first_pit, omegaprm
 from ..data_gen.best_first import best_first_trees
-from ..data_gen.label_sets import sorm_rows
+from ..data_gen.label_sets import balanced, sorm_rows
 from ..data_gen.rows import Pair, R, StepLabels, Tree
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..data_gen.tree_rows import step_labels, step_pairs
@@ -127,9 +127,21 @@ def make_sorm(config: options_data.SORMLabels, out: Path) -> bool:
     source = read_rows(config.labels, StepLabels)
     if others := sorted({row.label_source for row in source} - {"monte_carlo"}):
         raise UserError(f"{config.labels}: SORM labels are made from Monte-Carlo counts, found labels of {others[0]}")
-    rows, counts = sorm_rows(source, seed=config.seed, balance=config.balance)
+    rows, counts = sorm_rows(source, seed=config.seed, propagate=config.propagate, balance=config.balance)
     _copy_step_format(config.labels, out)
     write_rows(out, rows, counts=counts)
+    return _finish(out, True)
+
+
+def make_balanced(config: options_data.BalancedLabels, out: Path) -> bool:
+    """Step labels with two sides of equal size."""
+    required(config, "labels")
+    source = read_rows(config.labels, StepLabels)
+    rows, counts = balanced(source, seed=config.seed, by_length=config.by_length, threshold=config.threshold)
+    kept = [row for row in rows if any(row.n_rollouts)]
+    counts["labels kept"] = sum(n > 0 for row in kept for n in row.n_rollouts[1:])
+    _copy_step_format(config.labels, out)
+    write_rows(out, kept, dropped=+Counter({"rows without a label": len(rows) - len(kept)}), counts=counts)
     return _finish(out, True)
 
 

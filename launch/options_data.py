@@ -140,8 +140,23 @@ class SORMLabels:
     """Makes the labels of a stepwise outcome model from counts: monotone, distinct, balanced (StepLabels rows)."""
 
     labels: str = option("", "StepLabels rows with counts, best made with consistent: true")
+    propagate: bool = option(True, "a prefix of a positive prefix is positive")
     balance: bool = option(True, "as many positive as negative prefixes of each number of steps")
     seed: int = option(0, "seed of the balance")
+
+
+@dataclass
+class BalancedLabels:
+    """Drops labels of the larger side until as many steps are likely to end right as not (StepLabels rows)."""
+
+    labels: str = option("", "StepLabels rows with counts")
+    threshold: float = option(0.5, "a share of right continuations of at least this is the upper side")
+    by_length: bool = option(False, "balance each number of steps by itself")
+    seed: int = option(0, "seed of what is dropped")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], found {self.threshold}")
 
 
 @dataclass

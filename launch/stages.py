@@ -48,6 +48,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.tree_labels": (data.TreeLabels, _stage(".making_trees", "make_tree_labels")),
     "data.tree_pairs": (data.TreePairs, _stage(".making_trees", "make_tree_pairs")),
     "data.sorm": (data.SORMLabels, _stage(".making_trees", "make_sorm")),
+    "data.balance": (data.BalancedLabels, _stage(".making_trees", "make_balanced")),
     "data.best_solutions": (data.BestSolutions, _stage(".making", "make_best_solutions")),
     "data.prm800k": (data.ImportPRM800K, _stage(".making", "import_prm800k")),
     "model.copy": (data.CopyModel, _stage(".making", "copy_model")),

@@ -307,3 +307,11 @@ def test_td_targets_by_hand():
     assert td_targets(made) == [0.125 + 0.5 * (0.375 + 0.5 * 0.25 - 0.125), 0.5, 0.625, 0.625]
     assert td_targets(made, alpha=0.0) == step_targets(made, "soft")
     assert td_targets(labels((0, 5, 2, 8), (8,) * 4)) == [0.625, 0.625, 1.0]  # a fall ends the look-ahead at once
+
+
+def test_the_empty_prefix_has_a_target_if_asked_for():
+    made = labels((0, 2, 0, 4), (8, 8, 8, 8))
+    assert step_targets(made, "soft", root=True) == [0.0, 0.25, 0.0, 0.5]
+    # It is no step: a root that nothing solved drops nothing behind it.
+    assert step_targets(made, "hard", root=True, after_first_zero=False) == [0.0, 1.0, 0.0, None]
+    assert step_targets(labels((0, 1), (0, 1)), "soft", root=True) == [None, 1.0]

@@ -106,9 +106,9 @@ def test_pairs_are_all_siblings_that_differ_enough(seed, margin):
     want = []
     for i, j in itertools.permutations(range(1, 40), 2):
         a, b = one.nodes[i], one.nodes[j]
-        if a.parent == b.parent and a.n_rollouts and b.n_rollouts and a.step != b.step:
-            if a.n_correct - b.n_correct >= margin * 8:  # whole numbers: nothing to round
-                want.append((steps_of(one, path_to(one, a.parent)), a.step, b.step, a.n_correct / 8, b.n_correct / 8))
+        siblings = a.parent == b.parent and a.n_rollouts and b.n_rollouts and a.step != b.step
+        if siblings and a.n_correct - b.n_correct >= margin * 8:  # whole numbers: nothing to round
+            want.append((steps_of(one, path_to(one, a.parent)), a.step, b.step, a.n_correct / 8, b.n_correct / 8))
     found = step_pairs(one, margin=margin)
     assert sorted((p.prefix, *p.chosen, *p.rejected, p.reward_chosen, p.reward_rejected) for p in found) == sorted(want)
     assert {(p.n_chosen, p.n_rejected) for p in found} <= {(8, 8)}
