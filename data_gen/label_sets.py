@@ -33,8 +33,8 @@ def sorm_rows(
     """SORM labels as rows of one judgement a step (n_rollouts 1), and what was counted on the way.
 
     1. A prefix is positive if at least one continuation ended right.
-    2. Positive propagation, with `propagate`: a prefix of a positive prefix is positive, in whichever row of the problem that one stands. Labels
-       along a solution become 1 .. 1 0 .. 0, and the first 0 is the first error.
+    2. Positive propagation, with `propagate`: a prefix of a positive prefix is positive, in whichever row of the problem that
+       one stands. Labels along a solution become 1 .. 1 0 .. 0, and the first 0 is the first error.
     3. A prefix that stands in several rows keeps its label in the first.
     4. With `balance`, of each number of steps separately as many positive as negative prefixes are kept, drawn with the seed.
 

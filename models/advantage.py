@@ -6,6 +6,7 @@ model and one layout: differences of scores of different models, or of one that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -27,7 +28,7 @@ def advantages(values: Sequence[float]) -> list[float]:
     Their sum telescopes to V_T - V_0: summed over a solution they are the outcome again, so each step takes its own alone
     (arXiv:2410.08146 Eq. 4). A step that changes no value, such as a line written twice, has advantage 0.
     """
-    return [after - before for before, after in zip(values[:-1], values[1:], strict=True)]
+    return [after - before for before, after in itertools.pairwise(values)]
 
 
 def effective_rewards(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -17,7 +18,7 @@ SOME = [[random.Random(seed).random() for _ in range(size)] for seed, size in en
 def test_best_of_one_is_the_policy_and_more_attempts_never_hurt(q):
     assert best_of_k_value(q, 1) == pytest.approx(q, abs=1e-15)
     values = [best_of_k_value(q, k) for k in range(1, 40)]
-    assert all(0 <= a <= b <= 1 for a, b in zip(values, values[1:], strict=False))
+    assert all(0 <= a <= b <= 1 for a, b in itertools.pairwise(values))
     assert (values[0] < values[1]) == (0 < q < 1)
 
 
