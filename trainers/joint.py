@@ -30,7 +30,7 @@ class _WithScores:
 
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
         """Logits [B, S, V] as ever, and `scores` [B, S, 1] read from the same last hidden states."""
-        output = super().forward(*args, output_hidden_states=True, **kwargs)  # type: ignore[misc]
+        output = super().forward(*args, **{**kwargs, "output_hidden_states": True})  # type: ignore[misc]
         head = getattr(self, head_name(self))
         return ModelOutput(logits=output.logits, scores=head(output.hidden_states[-1]))
 

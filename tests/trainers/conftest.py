@@ -68,7 +68,12 @@ def dialogue_row(number: int, *messages: Message) -> Dialogue:
 
 
 def pair_row(
-    number: int, prefix: Sequence[str], chosen: Sequence[str], rejected: Sequence[str], rewards=(1.0, 0.0), **fields: Any
+    number: int,
+    prefix: Sequence[str],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    rewards=(1.0, 0.0),
+    **fields: Any,
 ) -> Pair:
     known: dict[str, Any] = {"prompt": f"Start {number % 13} ; + 5", **fields}
     return Pair(

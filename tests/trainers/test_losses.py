@@ -136,7 +136,8 @@ def test_value_mse_is_the_squared_error_of_a_tanh():
     x, mask = 2 * draw(B, S), some_mask()
     q = 2 * soft_targets() - 1
     want = [
-        [(math.tanh(x[b, s].item() / 2) - q[b, s].item()) ** 2 if mask[b, s] else 0.0 for s in range(S)] for b in range(B)
+        [(math.tanh(x[b, s].item() / 2) - q[b, s].item()) ** 2 if mask[b, s] else 0.0 for s in range(S)]
+        for b in range(B)
     ]
     torch.testing.assert_close(value_mse(x, q, mask), torch.tensor(want, dtype=torch.float64))
     # The score that a reader takes from the same logit is the value moved to [0, 1]: one squashing, not two.

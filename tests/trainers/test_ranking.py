@@ -105,7 +105,9 @@ def test_the_loss_is_that_of_the_scores_that_are_read(rows, settings, lab_words,
 
 
 def test_training_ranks_every_compared_step(rows, settings, train):
-    pairs = [rows.pair(n, PREFIX, [f"8 + {n} = {8 + n}", "1 + 1 = 2"], [f"8 + {n} = {n}", "1 + 1 = 2"]) for n in range(1, 5)]
+    pairs = [
+        rows.pair(n, PREFIX, [f"8 + {n} = {8 + n}", "1 + 1 = 2"], [f"8 + {n} = {n}", "1 + 1 = 2"]) for n in range(1, 5)
+    ]
     result = train("ranking", settings("ranking", pairs, max_steps=40, learning_rate=0.03))
     reward = RewardModel.load(str(result.out), device="cpu")
     assert (reward.step_format.head, reward.step_format.label_kind) == ("scalar", "ranking")
