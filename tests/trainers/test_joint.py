@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_dropped_whole_and_branches_are_refused(rows, lab_w
     assert value_of(row, lab_words, tmp_path, max_length=17)[0] is not None
     nodes = (*row.nodes, row.nodes[1])
     branched = Tree(row.problem_id, row.prompt, row.gold, nodes, row.source)
-    with pytest.raises(UserError, match="its tree has branches; data.value_paths makes rows of one path each"):
+    with pytest.raises(UserError, match=r"its tree has branches; data\.value_paths makes rows of one path each"):
         value_of(branched, lab_words, tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_the_loss_is_the_sum_of_two_means(joint, rows, lab_words, settings):
             if value is not None:
                 squares.append((math.tanh(output.scores[0, position, 0].item() / 2) - value) ** 2)
         if row.nodes[-1].outcome == "right":
-            targets = item["input_ids"][5:-1] + [lab_words.eos_token_id]
+            targets = [*item["input_ids"][5:-1], lab_words.eos_token_id]
             logp = output.logits[0].log_softmax(-1)
             nats += [-logp[4 + k, token].item() for k, token in enumerate(targets)]
     assert len(squares) == 9
@@ -208,8 +208,9 @@ def test_the_folders_are_plain_checkpoints(settings, train, kind, over):
 
 def test_the_scores_of_the_checkpoint_are_those_of_the_joint_model(joint, lab_words, tmp_path):
     """One head read from the same hidden states by either class."""
-    from stepladder.models.loading import load_model
     from transformers import AutoModelForTokenClassification
+
+    from stepladder.models.loading import load_model
 
     joint.save_pretrained(tmp_path)
     plain = load_model(
