@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, make_folder
-from ..data_gen import first_pit, omegaprm
+from ..data_gen import first_pit, mcts, omegaprm
 from ..data_gen.best_first import best_first_trees
 from ..data_gen.label_sets import balanced, sorm_rows
 from ..data_gen.rows import Pair, R, StepLabels, Tree
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
-from ..data_gen.tree_rows import step_labels, step_pairs
+from ..data_gen.tree_rows import chosen_paths, flipped, step_labels, step_pairs
+from ..models.prefix_cache import PrefixCache, supports_prefix_cache
+from ..models.reward import RewardModel
 from ..tasks.base import Problem
 from . import options, options_data
-from .making import _check_words, _finish, _policy, _problems, _sampling
+from .making import _check_words, _finish, _policy, _problems, _sampling, tell_cut_steps
 from .options import chunks, required
 
 
@@ -69,6 +71,33 @@ def make_best_first(config: options_data.BestFirstTrees, out: Path) -> bool:
     return _over_problems(config, out, Tree, generate)
 
 
+def make_mcts(config: options_data.MCTSTrees, out: Path) -> bool:
+    """Search trees of AlphaMath."""
+    settings = mcts.Options(
+        simulations=config.simulations,
+        width=config.width,
+        max_depth=config.max_depth,
+        c_puct=config.c_puct,
+        terminal_backups=config.terminal_backups,
+    )
+    value: list[RewardModel | None] = []
+
+    def generate(engine: Any, *arguments: Any, **sampling: Any) -> UnitResult[Tree]:
+        if not value:
+            value.append(RewardModel.load(config.value, dtype=config.value_dtype) if config.value else None)
+        # Prefixes are kept within a unit alone: what batches hold, and so how values are rounded, must not depend on the units
+        # before, or a resumed run would differ in the last digit.
+        for model in (engine, value[0]):
+            if hasattr(model, "cache") and supports_prefix_cache(model.model):
+                model.cache = PrefixCache()
+        return mcts.mcts_trees(engine, *arguments, options=settings, trees=config.trees, value=value[0], **sampling)
+
+    complete = _over_problems(config, out, Tree, generate)
+    if value and value[0] is not None:
+        tell_cut_steps(value[0])
+    return complete
+
+
 def make_first_pit(config: options_data.FirstPit, out: Path) -> bool:
     """Valued prefixes for PAV."""
     options = first_pit.Options(
@@ -82,6 +111,26 @@ def make_first_pit(config: options_data.FirstPit, out: Path) -> bool:
     return _over_problems(config, out, StepLabels, functools.partial(first_pit.valued_prefixes, options=options))
 
 
+def make_value_paths(config: options_data.ValuePaths, out: Path) -> bool:
+    """Single paths with values out of trees."""
+    required(config, "trees")
+    of_problem: dict[str, list[Tree]] = {}
+    for tree in read_rows(config.trees, Tree):
+        of_problem.setdefault(tree.problem_id, []).append(tree)
+    paths: list[Tree] = []
+    dropped: Counter[str] = Counter()
+    for trees in of_problem.values():
+        found = chosen_paths(trees, right=config.right, wrong=config.wrong, seed=config.seed)
+        every = sum(n.outcome is not None for tree in trees for n in tree.nodes)
+        dropped["problems without a finished solution"] += not every
+        dropped["duplicates, and solutions beyond the limit a problem"] += every - len(found)
+        paths += found
+    right = sum(path.nodes[-1].outcome == "right" for path in paths)
+    _copy_step_format(config.trees, out)
+    write_rows(out, paths, dropped=+dropped, counts={"right solutions": right, "other solutions": len(paths) - right})
+    return _finish(out, True)
+
+
 def make_tree_labels(config: options_data.TreeLabels, out: Path) -> bool:
     """Step labels out of trees."""
     required(config, "trees")
@@ -91,7 +140,7 @@ def make_tree_labels(config: options_data.TreeLabels, out: Path) -> bool:
     rows: list[StepLabels] = []
     dropped: Counter[str] = Counter()
     for tree in trees:
-        found = step_labels(tree, single_steps=config.single_steps)
+        found = step_labels(flipped(tree, config.flip, config.seed), single_steps=config.single_steps)
         dropped["trees without a label"] += not found
         rows += found
     probed = sum(node.n_rollouts > 0 for tree in trees for node in tree.nodes[1:])
@@ -110,6 +159,7 @@ def make_tree_pairs(config: options_data.TreePairs, out: Path) -> bool:
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     for tree in read_rows(config.trees, Tree):
+        tree = flipped(tree, config.flip, config.seed)
         how: dict[str, Any] = {"margin": config.margin, "whole_paths": config.whole_paths, "extremes": config.extremes}
         found = step_pairs(tree, **how)
         kept = step_pairs(tree, **how, most=config.per_problem, seed=config.seed)

@@ -111,11 +111,50 @@ class FirstPit(WithPolicy):
 
 
 @dataclass
+class MCTSTrees(WithPolicy):
+    """Grows search trees over steps, judged by a value model and by answers (AlphaMath; Tree rows)."""
+
+    value: str = option("", "value model; empty: the value of an unfinished solution is 0, answers alone judge")
+    value_dtype: str = option("float32", "precision of the value model")
+    trees: int = option(1, "trees of each problem")
+    simulations: int = option(40, "simulations of each tree")
+    width: int = option(5, "steps sampled at once where a leaf is expanded")
+    max_depth: int = option(16, "a solution of so many steps that has not ended counts as wrong")
+    c_puct: float = option(1.25, "weight of exploration")
+    terminal_backups: bool = option(True, "back finished children up when they are found, and do not select them")
+    unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "trees", "simulations", "width", "max_depth")
+        at_least(self, 0, "c_puct")
+
+
+@dataclass
+class ValuePaths:
+    """Reads finished solutions with the value of each step out of trees (Tree rows of one path)."""
+
+    trees: str = option("", "Tree rows")
+    right: int = option(4, "right solutions of each problem at most")
+    wrong: int = option(4, "other finished solutions of each problem at most")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "right", "wrong")
+
+
+@dataclass
 class TreeLabels:
     """Reads step labels out of trees (StepLabels rows)."""
 
     trees: str = option("", "Tree rows with counts")
     single_steps: bool = option(True, "only steps whose own prefix was probed too, as OmegaPRM labels")
+    flip: float = option(0.0, "a control: turn the counts of this share of the steps round first")
+    seed: int = option(0, "seed of what is turned round")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip must lie in [0, 1], found {self.flip}")
 
 
 @dataclass
@@ -127,10 +166,13 @@ class TreePairs:
     per_problem: int = option(0, "pairs of each tree at most, drawn with the seed; 0 for all")
     whole_paths: bool = option(False, "go on with each step along its best judged descendants")
     extremes: bool = option(False, "only the best and the worst of the siblings make a pair")
-    seed: int = option(0, "seed of the draw")
+    flip: float = option(0.0, "a control: turn the counts of this share of the steps round first")
+    seed: int = option(0, "seed of the draw, and of what is turned round")
 
     def __post_init__(self) -> None:
         at_least(self, 0, "per_problem")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip must lie in [0, 1], found {self.flip}")
         if not 0 < self.margin <= 1:
             raise ValueError(f"margin must lie in (0, 1], found {self.margin}")
 

@@ -45,6 +45,8 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.omegaprm": (data.OmegaPRMTrees, _stage(".making_trees", "make_omegaprm")),
     "data.best_first": (data.BestFirstTrees, _stage(".making_trees", "make_best_first")),
     "data.first_pit": (data.FirstPit, _stage(".making_trees", "make_first_pit")),
+    "data.mcts": (data.MCTSTrees, _stage(".making_trees", "make_mcts")),
+    "data.value_paths": (data.ValuePaths, _stage(".making_trees", "make_value_paths")),
     "data.tree_labels": (data.TreeLabels, _stage(".making_trees", "make_tree_labels")),
     "data.tree_pairs": (data.TreePairs, _stage(".making_trees", "make_tree_pairs")),
     "data.sorm": (data.SORMLabels, _stage(".making_trees", "make_sorm")),

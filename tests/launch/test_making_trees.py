@@ -16,6 +16,9 @@ from stepladder.data_gen.rows import Pair, StepLabels, Tree
 from stepladder.data_gen.store import read_about, read_rows
 from stepladder.launch import stages
 from stepladder.launch.cli import main
+from stepladder.models.loading import load_tokenizer
+from stepladder.models.reward import RewardModel
+from stepladder.models.step_format import StepFormat
 
 LAB = str(Path(stages.__file__).parents[1] / "models" / "lab_policy")
 TASK = json.dumps({"kind": "chain", "p": 7, "min_steps": 4, "max_steps": 6, "sizes": {"train": 40, "test": 20}})
@@ -23,6 +26,7 @@ MADE: dict[str, tuple[type, list[str]]] = {
     "omegaprm": (Tree, ["--rollouts", "4", "--filter_rollouts", "8", "--search_limit", "4"]),
     "best_first": (Tree, ["--candidates", "3", "--completions", "4"]),
     "first_pit": (StepLabels, ["--seeds", "4", "--probes", "2", "--pits", "2", "--rollouts", "4"]),
+    "mcts": (Tree, ["--simulations", "6", "--width", "3", "--trees", "2"]),
 }
 
 
@@ -40,9 +44,14 @@ def costs(folder: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Finished rows of each stage, uninterrupted."""
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_scorer: Any) -> dict[str, Path]:
+    """Finished rows of each stage, uninterrupted; the search has a random value model."""
     folder = tmp_path_factory.mktemp("whole")
+    tokenizer = load_tokenizer(LAB)
+    RewardModel(tiny_scorer(tokenizer), tokenizer, StepFormat.load(LAB).for_reward("scalar", "value")).save(
+        folder / "value"
+    )
+    MADE["mcts"][1].extend(["--value", str(folder / "value")])
     for stage in MADE:
         main(command(stage, folder / stage))
     return {stage: folder / stage for stage in MADE}
@@ -126,6 +135,34 @@ def test_labels_pairs_and_sorm_rows_out_of_trees(whole: dict[str, Path], tmp_pat
         assert read_json(tmp_path / made / "started.json")
 
 
+def test_paths_and_balanced_labels(whole: dict[str, Path], tmp_path: Path) -> None:
+    trees = read_rows(whole["mcts"], Tree)
+    assert len(trees) == 12
+    assert read_about(whole["mcts"])["ledger"]["reward_tokens"] > 0
+    values = {n.value for tree in trees for n in tree.nodes if n.value is not None}
+    assert len(values) > 20
+    main(["data", "value_paths", "--trees", str(whole["mcts"]), "--out", str(tmp_path / "paths"), "--wrong", "2"])
+    paths = read_rows(tmp_path / "paths", Tree)
+    about = read_about(tmp_path / "paths")
+    right = sum(path.nodes[-1].outcome == "right" for path in paths)
+    assert about["counts"] == {"right solutions": right, "other solutions": len(paths) - right}
+    finished = sum(n.outcome is not None for tree in trees for n in tree.nodes)
+    assert len(paths) + about["dropped"]["duplicates, and solutions beyond the limit a problem"] == finished
+    main(["train", "value", "--model", LAB, "--rows", str(tmp_path / "paths"), "--out", str(tmp_path / "trained"),
+          "--max_steps", "2", "--per_device_train_batch_size", "4"])  # fmt: skip
+    # What was trained grows the next round's trees: a policy and its value model.
+    main([
+        "data", "mcts", "--policy", str(tmp_path / "trained"), "--value", str(tmp_path / "trained" / "value"),
+        "--task", TASK, "--out", str(tmp_path / "next"), "--limit", "1", "--simulations", "3", "--max_new_tokens", "64",
+    ])  # fmt: skip
+    assert read_rows(tmp_path / "next", Tree)[0].source.policy == str(tmp_path / "trained")
+    main(["data", "balance", "--labels", str(whole["first_pit"]), "--out", str(tmp_path / "even")])
+    counts = [(r.n_correct, r.n_rollouts) for r in read_rows(tmp_path / "even", StepLabels)]
+    shares = [c / n for right, rollouts in counts for c, n in zip(right[1:], rollouts[1:], strict=True) if n]
+    assert sum(s >= 0.5 for s in shares) == sum(s < 0.5 for s in shares) > 0
+    assert read_about(tmp_path / "even")["counts"]["labels kept"] == len(shares)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -133,6 +170,17 @@ def test_labels_pairs_and_sorm_rows_out_of_trees(whole: dict[str, Path], tmp_pat
         (["data", "sorm", "--labels", "nowhere", "--out", "out"], "nowhere: no such file"),
         (["data", "tree_pairs", "--trees", "x", "--margin", "2", "--out", "out"], "margin must lie in (0, 1], found 2"),
         (["data", "omegaprm", "--alpha", "0", "--out", "out"], "alpha and beta must lie in (0, 1]"),
+        (["data", "mcts", "--simulations", "0", "--out", "out"], "simulations must be 1 or more, found 0"),
+        (
+            ["data", "mcts", "--value", LAB, "--policy", LAB, "--task", TASK, "--out", "out"],
+            "it is a policy and not a reward",
+        ),
+        (["data", "value_paths", "--out", "out"], "trees is missing"),
+        (
+            ["data", "balance", "--labels", "x", "--threshold", "0", "--out", "out"],
+            "threshold must lie in (0, 1], found 0",
+        ),
+        (["data", "tree_labels", "--trees", "x", "--flip", "2", "--out", "out"], "flip must lie in [0, 1], found 2"),
         (["data", "best_first", "--candidates", "1", "--out", "out"], "candidates must be 2 or more, found 1"),
         (["data", "first_pit", "--strategy", "greedy", "--out", "out"], "strategy must be first_pit or iid"),
     ],
