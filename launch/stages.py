@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import options_claims as claims
 from . import options_data as data
 from . import options_eval as evaluation
 from . import options_search as search
@@ -63,5 +64,9 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "eval.policies": (evaluation.EvaluatePolicies, _stage(".evaluate", "evaluate_policies")),
     "eval.prm": (evaluation.EvaluatePRM, _stage(".evaluate", "evaluate_prm")),
     "eval.processbench": (evaluation.EvaluateProcessBench, _stage(".evaluate", "evaluate_processbench")),
+    "eval.rewards": (claims.EvaluateRewards, _stage(".evaluate_claims", "evaluate_rewards")),
+    "eval.values": (claims.EvaluateValues, _stage(".evaluate_claims", "evaluate_values")),
+    "eval.labels": (claims.EvaluateLabels, _stage(".evaluate_claims", "evaluate_labels")),
+    "eval.pav_toy": (claims.EvaluatePAVToy, _stage(".evaluate_claims", "evaluate_pav_toy")),
     "report": (evaluation.Report, _stage(".evaluate", "make_report")),
 }
