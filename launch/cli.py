@@ -18,7 +18,7 @@ HELP = """usage: stepladder COMMAND ...
   run RECIPE.yaml [--out DIR] [stage.key=value ...]    the stages of a recipe; what is done is skipped
   data STAGE --config FILE [--key value ...]           demonstrations, solutions, step_labels, best_solutions, prm800k,
                                                        omegaprm, best_first, first_pit, tree_labels, tree_pairs, sorm, balance,
-                                                       mcts, value_paths
+                                                       mcts, value_paths, checker_labels, consensus
   train STAGE --config FILE [--key value ...]          sft, orm, prm, ranking, value
   search STAGE --config FILE [--key value ...]         beam
   eval STAGE --config FILE [--key value ...]           policies, prm, processbench, rewards, values, labels, pav_toy

@@ -11,15 +11,16 @@ from typing import Any
 from ..basics import UserError, make_folder
 from ..data_gen import first_pit, mcts, omegaprm
 from ..data_gen.best_first import best_first_trees
-from ..data_gen.label_sets import balanced, sorm_rows
+from ..data_gen.label_sets import balanced, checker_labels, consensus, sorm_rows
 from ..data_gen.rows import Pair, R, StepLabels, Tree
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..data_gen.tree_rows import chosen_paths, flipped, step_labels, step_pairs
 from ..models.prefix_cache import PrefixCache, supports_prefix_cache
 from ..models.reward import RewardModel
-from ..tasks.base import Problem
+from ..tasks.base import Problem, StepChecker
+from ..tasks.load import load_task
 from . import options, options_data
-from .making import _check_words, _finish, _policy, _problems, _sampling, tell_cut_steps
+from .making import _check_words, _finish, _policy, _problems, _sampling, solution_groups, tell_cut_steps
 from .options import chunks, required
 
 
@@ -180,6 +181,30 @@ def make_sorm(config: options_data.SORMLabels, out: Path) -> bool:
     rows, counts = sorm_rows(source, seed=config.seed, propagate=config.propagate, balance=config.balance)
     _copy_step_format(config.labels, out)
     write_rows(out, rows, counts=counts)
+    return _finish(out, True)
+
+
+def make_checker_labels(config: options_data.CheckerLabels, out: Path) -> bool:
+    """Judgements of an exact checker."""
+    required(config, "solutions")
+    task = load_task(config.task)
+    if not isinstance(task, StepChecker):
+        raise UserError(f"task {config.task.get('kind')} has no exact step checker: data checker_labels needs one")
+    groups, problems = solution_groups(config, task)
+    solutions = [row for rows in groups for row in rows if row.steps]
+    rows = checker_labels(solutions, task, problems, noise=config.noise, seed=config.seed)
+    dropped = Counter({"empty solutions": sum(map(len, groups)) - len(solutions)})
+    _copy_step_format(config.solutions, out)
+    write_rows(out, rows, dropped=+dropped)
+    return _finish(out, True)
+
+
+def make_consensus(config: options_data.Consensus, out: Path) -> bool:
+    """Labels on which two sources agree."""
+    required(config, "labels", "judge")
+    rows, dropped = consensus(read_rows(config.labels, StepLabels), read_rows(config.judge, StepLabels))
+    _copy_step_format(config.labels, out)
+    write_rows(out, rows, dropped=dropped)
     return _finish(out, True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import option
 from .options import OnTask, WithPolicy, at_least
@@ -185,6 +186,32 @@ class SORMLabels:
     propagate: bool = option(True, "a prefix of a positive prefix is positive")
     balance: bool = option(True, "as many positive as negative prefixes of each number of steps")
     seed: int = option(0, "seed of the balance")
+
+
+@dataclass
+class CheckerLabels:
+    """Judges every step of solutions by the exact checker of a lab task (StepLabels rows)."""
+
+    solutions: str = option("", "Solution rows to label")
+    per_problem: int = option(0, "label at most so many solutions of a problem, the first sampled; 0 for all")
+    limit: int = option(0, "label the solutions of the first so many problems; 0 for all")
+    noise: float = option(0.0, "turn each judgement round with this probability: a simulated judge")
+    task: dict[str, Any] = option({"kind": "chain"}, "the task, with an exact step checker")
+    split: str = option("train", "the split that the solutions are of")
+    seed: int = option(0, "seed of the noise")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "per_problem", "limit")
+        if not 0 <= self.noise < 1:
+            raise ValueError(f"noise must lie in [0, 1), found {self.noise}")
+
+
+@dataclass
+class Consensus:
+    """Keeps the labelled solutions whose first error a judge puts at the same step (StepLabels rows)."""
+
+    labels: str = option("", "StepLabels rows, for example Monte-Carlo counts")
+    judge: str = option("", "StepLabels rows of the same solutions")
 
 
 @dataclass

@@ -51,6 +51,8 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.tree_labels": (data.TreeLabels, _stage(".making_trees", "make_tree_labels")),
     "data.tree_pairs": (data.TreePairs, _stage(".making_trees", "make_tree_pairs")),
     "data.sorm": (data.SORMLabels, _stage(".making_trees", "make_sorm")),
+    "data.checker_labels": (data.CheckerLabels, _stage(".making_trees", "make_checker_labels")),
+    "data.consensus": (data.Consensus, _stage(".making_trees", "make_consensus")),
     "data.balance": (data.BalancedLabels, _stage(".making_trees", "make_balanced")),
     "data.best_solutions": (data.BestSolutions, _stage(".making", "make_best_solutions")),
     "data.prm800k": (data.ImportPRM800K, _stage(".making", "import_prm800k")),

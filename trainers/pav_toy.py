@@ -92,7 +92,9 @@ def policy_gradient(logits: Table, returns: np.ndarray, states: np.ndarray, toke
     return gradient / len(returns)
 
 
-def sample(policy: Table, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def sample(
+    policy: Table, count: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(states, tokens, alive [B, LENGTH], reward [B]) of `count` sequences; after success or the end nothing is alive."""
     states, tokens = np.zeros((count, LENGTH), dtype=int), np.zeros((count, LENGTH), dtype=int)
     alive, matched = np.zeros((count, LENGTH), dtype=bool), np.zeros(count, dtype=int)

@@ -7,8 +7,10 @@ from collections import Counter
 
 import pytest
 
-from stepladder.data_gen.label_sets import balanced, sorm_rows, uses_result
-from stepladder.data_gen.rows import Source, StepLabels
+from stepladder.data_gen.label_sets import balanced, checker_labels, consensus, sorm_rows, uses_result
+from stepladder.data_gen.rows import Solution, Source, StepLabels
+from stepladder.tasks.base import Problem
+from stepladder.tasks.chain import ChainArith
 
 SOURCE = Source("policy", "fake", "chain", 0)
 
@@ -84,6 +86,25 @@ def test_sorm_labels_match_their_definition(seed):
     assert counts["labels made positive by a later step"] == len(raised) > 0
 
 
+def test_without_propagation_a_label_is_that_of_its_own_prefix():
+    rows = some_rows(1)
+    found, counts = sorm_rows(rows, seed=0, propagate=False, balance=False)
+    own = {
+        (r.problem_id, r.steps[:t]): r.n_correct[t] > 0
+        for r in rows
+        for t in range(len(r.steps) + 1)
+        if r.n_rollouts[t]
+    }
+    labelled = {
+        (r.problem_id, r.steps[:t]): bool(r.n_correct[t])
+        for r in found
+        for t in range(1, len(r.steps) + 1)
+        if r.n_rollouts[t]
+    }
+    assert labelled == {key: value for key, value in own.items() if key[1]}
+    assert counts["labels made positive by a later step"] == 0
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_labels_along_a_solution_are_monotone(seed):
     """Even over the rows of a problem together: a positive prefix has positive prefixes alone."""
@@ -127,3 +148,46 @@ def test_the_draw_does_not_depend_on_the_order_of_rows():
     kept = lambda found: {r.problem_id for r in found if r.n_rollouts[1]}
     assert kept(balanced(rows, seed=3)[0]) == kept(balanced(rows[::-1], seed=3)[0])
     assert len(kept(balanced(rows, seed=3)[0])) == 20
+
+
+# --- a checker's labels, and where two sources agree ---------------------------------------------------------------------
+
+CHAIN = ChainArith(p=11)
+ASKED = Problem("p", "Start 3 ; + 5 ; * 2 \n", "5")
+
+
+def chain_solution(steps: tuple[str, ...], sample: int = 0) -> Solution:
+    return Solution("p", ASKED.prompt, "5", sample, steps, "", None, "wrong", "eos", (), (), 0.0, SOURCE)
+
+
+LATE = ("3 + 5 = 8", "8 * 2 = 6", "Answer: 6")
+GOOD = ("3 + 5 = 8", "8 * 2 = 5", "Answer: 5")
+
+
+def test_a_checker_judges_every_step_until_the_first_error():
+    late, good = checker_labels([chain_solution(LATE), chain_solution(GOOD)], CHAIN, {"p": ASKED}, noise=0.0, seed=0)
+    assert (late.n_correct, late.n_rollouts, late.first_error) == ((1, 1, 0, 0), (1, 1, 1, 1), 1)
+    assert (good.n_correct, good.first_error, good.first_error_known) == ((1, 1, 1, 1), None, True)
+    assert {late.label_source, good.label_source} == {"checker"}
+
+
+def test_a_noisy_judge_errs_as_often_as_told_and_stays_monotone():
+    solutions = [chain_solution(GOOD, sample) for sample in range(2000)]
+    rows = checker_labels(solutions, CHAIN, {"p": ASKED}, noise=0.15, seed=0)
+    assert all(list(r.n_correct) == sorted(r.n_correct, reverse=True) for r in rows)
+    for t in range(1, 4):  # right so far: none of t judgements was turned round
+        share = sum(r.n_correct[t] for r in rows) / 2000
+        assert abs(share - 0.85**t) < 4 * (0.25 / 2000) ** 0.5
+    assert all(r.first_error is None for r in rows)  # what the checker knows is kept beside what the judge says
+    assert checker_labels(solutions[5:9], CHAIN, {"p": ASKED}, noise=0.15, seed=0) == rows[5:9]
+
+
+def test_consensus_keeps_what_two_sources_agree_on():
+    judged = checker_labels([chain_solution(LATE), chain_solution(GOOD, 1)], CHAIN, {"p": ASKED}, noise=0.0, seed=0)
+    counts = lambda steps, sample, right: StepLabels(
+        "p", ASKED.prompt, "5", sample, steps, right, (8, 8, 8, 1), "monte_carlo", "wrong", None, False, SOURCE
+    )
+    same, late, other = counts(LATE, 0, (4, 5, 0, 0)), counts(GOOD, 1, (4, 8, 0, 1)), counts(LATE, 7, (4, 5, 0, 0))
+    found, lost = consensus([same, late, other], judged)
+    assert found == [same]
+    assert lost == {"rows whose first error the judge puts elsewhere": 1, "rows that the judge has not seen": 1}
