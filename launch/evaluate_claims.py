@@ -67,16 +67,28 @@ def evaluate_rewards(config: options_claims.EvaluateRewards, out: Path) -> None:
         groups.setdefault(row.problem_id, []).append(i)
     cost = Ledger(**read_about(config.solutions)["ledger"]) if Path(config.solutions).is_dir() else Ledger()
     results = Results(config.seed)
-    by_problem: Callable[[Callable[[list[int]], float]], dict[str, float]] = lambda value: {
-        problem: float(value(indices)) for problem, indices in groups.items()
-    }
-    right = [row.right for row in rows]
-    answers = [row.answer for row in rows]
-    pick = lambda values, indices: [values[i] for i in indices]
-    results.mean("sample", "accuracy", by_problem(lambda g: sum(pick(right, g)) / len(g)), cost)
+    right, answers = [row.right for row in rows], [row.answer for row in rows]
+
+    def by_problem(value: Callable[[list[int]], float]) -> dict[str, float]:
+        return {problem: float(value(indices)) for problem, indices in groups.items()}
+
+    def pick(values: Sequence[Any], indices: Sequence[int]) -> list[Any]:
+        return [values[i] for i in indices]
+
+    def choices(arm: str, totals: Sequence[float], ledger: Ledger) -> None:
+        best = by_problem(lambda g: best_credit(pick(totals, g), pick(right, g)))
+        vote = by_problem(lambda g: vote_credit(pick(answers, g), pick(right, g), pick(totals, g)))
+        inside = by_problem(lambda g: auroc(pick(totals, g), pick(right, g)))
+        results.mean(arm, "accuracy", best, ledger)
+        results.mean(arm, "weighted_accuracy", vote, ledger)
+        results.mean(arm, "within_question_auroc", inside, ledger)
+
+    def share(flags: Sequence[bool]) -> dict[str, float]:
+        return by_problem(lambda g: sum(pick(flags, g)) / len(g))
+
+    results.mean("sample", "accuracy", share(right), cost)
     results.mean("majority", "accuracy", by_problem(lambda g: vote_credit(pick(answers, g), pick(right, g))), cost)
-    covered = by_problem(lambda g: pass_at_k(len(g), sum(pick(right, g)), len(g)))
-    results.mean("pass", "accuracy", covered, cost)
+    results.mean("pass", "accuracy", by_problem(lambda g: pass_at_k(len(g), sum(pick(right, g)), len(g))), cost)
     task = load_task(config.task)
     firsts = None
     if isinstance(task, StepChecker):
@@ -87,16 +99,9 @@ def evaluate_rewards(config: options_claims.EvaluateRewards, out: Path) -> None:
         tell_cut_steps(model)
         ledger = cost + model.ledger
         for how in config.aggregations or [model.step_format.aggregation]:
-            totals = [aggregate(one, how) for one in scores]
             arm = f"{name}/{how}" if config.aggregations else name
-            best = by_problem(lambda g, t=totals: best_credit(pick(t, g), pick(right, g)))
-            vote = by_problem(lambda g, t=totals: vote_credit(pick(answers, g), pick(right, g), pick(t, g)))
-            inside = by_problem(lambda g, t=totals: auroc(pick(t, g), pick(right, g)))
-            results.mean(arm, "accuracy", best, ledger)
-            results.mean(arm, "weighted_accuracy", vote, ledger)
-            results.mean(arm, "within_question_auroc", inside, ledger)
-        lowest_last = [float(min(range(len(s)), key=lambda t, s=s: (s[t], t)) == len(s) - 1) for s in scores]
-        results.mean(name, "min_at_last", by_problem(lambda g, v=lowest_last: sum(pick(v, g)) / len(g)), ledger)
+            choices(arm, [aggregate(one, how) for one in scores], ledger)
+        results.mean(name, "min_at_last", share([one.index(min(one)) == len(one) - 1 for one in scores]), ledger)
         if firsts is not None:
             _step_measures(results, name, scores, firsts, list(groups.values()), ledger)
     results.write(out)

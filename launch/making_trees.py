@@ -88,7 +88,8 @@ def make_mcts(config: options_data.MCTSTrees, out: Path) -> bool:
             value.append(RewardModel.load(config.value, dtype=config.value_dtype) if config.value else None)
         # Prefixes are kept within a unit alone: what batches hold, and so how values are rounded, must not depend on the units
         # before, or a resumed run would differ in the last digit.
-        for model in (engine, value[0]):
+        models: list[Any] = [engine, value[0]]
+        for model in models:
             if hasattr(model, "cache") and supports_prefix_cache(model.model):
                 model.cache = PrefixCache()
         return mcts.mcts_trees(engine, *arguments, options=settings, trees=config.trees, value=value[0], **sampling)

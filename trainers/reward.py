@@ -128,7 +128,7 @@ def train_reward(
     data = make_examples(args.rows, tokenizer, step_format)
     held_out = make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None
     # Dropout on the head would make scores of the same text differ between training and use.
-    labels = {"num_labels": 2 if args.head == "two_class" else 1, "classifier_dropout": 0.0}
+    labels: dict[str, Any] = {"num_labels": 2 if args.head == "two_class" else 1, "classifier_dropout": 0.0}
     make_folder(args.output_dir)
     trainer = RewardTrainer(
         model=start_model(AutoModelForTokenClassification, args, **labels),
