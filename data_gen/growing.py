@@ -13,30 +13,39 @@ from typing import Any, TypeVar
 
 from ..basics import fingerprint, fold_seed
 from ..models.engine import Engine, Request, Sampling, StopReason
+from ..models.reward import RewardModel
 from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
+from ..search.adapters import StepPolicy
+from ..search.base import State
 from ..tasks.base import Problem, Task
 from .rows import Node, Source, Tree
+from .tree_rows import UNFINISHED
 
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
 class Ask:
-    """Wanted: the rollouts `numbers` of a prefix (ids behind the prompt). Equal numbers give equal rollouts."""
+    """Wanted: the rollouts `numbers` of a prefix (ids behind the prompt). Equal numbers give equal rollouts.
+
+    With `one_step` each is sampled to the end of its next step alone, and says what a value model holds of the prefix.
+    """
 
     prefix: tuple[int, ...]
     numbers: range
+    one_step: bool = False
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A prefix sampled on to its end. `ids` is the whole solution, of which the first `start` are the prefix."""
+    """A prefix sampled on to its end, or by one step. `ids` is all of it, of which the first `start` are the prefix."""
 
     ids: tuple[int, ...]
     start: int
-    outcome: str  # a tasks.base.Outcome
-    logprobs: tuple[float, ...] = ()  # of ids[start:], nats
+    outcome: str  # a tasks.base.Outcome; UNFINISHED for a step that ends no solution
+    logprobs: tuple[float, ...] = ()  # of ids[start:], nats; of one step their sum
+    value: float | None = None  # of the prefix, in [-1, 1]; None without a value model
 
     @property
     def right(self) -> bool:
@@ -55,15 +64,62 @@ def rollout_seed(seed: int, problem_id: str, prefix: Sequence[int], number: int)
 
 
 class Roller:
-    """Samples rollouts of prefixes of many problems in one engine call, and checks their answers."""
+    """Samples rollouts of prefixes of many problems in one engine call, and checks their answers.
 
-    def __init__(self, engine: Engine, task: Task, step_format: StepFormat, sampling: Sampling, seed: int) -> None:
+    `value` is what judges prefixes from which single steps are asked; its score s becomes the value 2 s - 1.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        step_format: StepFormat,
+        sampling: Sampling,
+        seed: int,
+        value: RewardModel | None = None,
+    ) -> None:
         self.engine, self.task, self.step_format, self.sampling, self.seed = engine, task, step_format, sampling, seed
+        self.value = value
+        self.stepper = StepPolicy(engine, step_format, task.step_separator, sampling)
         self.counts: Counter[str] = Counter()
         self._prompts: dict[str, tuple[int, ...]] = {}
 
     def roll(self, asks: Sequence[tuple[Problem, Ask]]) -> list[list[Rollout]]:
         """The rollouts of each ask; none, and counted, where a prefix leaves no room in the context."""
+        whole = iter(self._whole([pair for pair in asks if not pair[1].one_step]))
+        steps = iter(self._one_step([pair for pair in asks if pair[1].one_step]))
+        return [next(steps if ask.one_step else whole) for _, ask in asks]
+
+    def _one_step(self, asks: Sequence[tuple[Problem, Ask]]) -> list[list[Rollout]]:
+        if not asks:
+            return []
+        states, seeds = [], []
+        for problem, ask in asks:
+            prompt = self._prompt(problem)
+            steps, _ = self.cut(ask.prefix)
+            states.append(State(problem.id, problem.prompt, prompt + ask.prefix, len(prompt), steps))
+            key = fingerprint(list(ask.prefix))
+            seeds.append([fold_seed(self.seed, problem.id, "step", key, n) for n in ask.numbers])
+        values: Sequence[float | None] = [None] * len(asks)
+        if self.value is not None:
+            values = [2 * s[-1] - 1 for s in self.value.score_with_root([(s.prompt, s.steps) for s in states])]
+        found: list[list[Rollout]] = []
+        grown = self.stepper.expand(states, seeds)
+        for (problem, ask), state, children, value in zip(asks, states, grown, values, strict=True):
+            if any(child.stop == StopReason.CONTEXT.value for child in children):
+                self.counts["prefixes longer than the context"] += bool(ask.prefix)
+                found.append([])
+                continue
+            rollouts = []
+            for child in children:
+                ids = child.ids[state.prompt_length :]
+                text = self.engine.tokenizer.decode(ids, skip_special_tokens=True)
+                outcome = self.task.verify(problem, text).outcome.value if child.done else UNFINISHED
+                rollouts.append(Rollout(ids, len(ask.prefix), outcome, (child.logprob,), value))
+            found.append(rollouts)
+        return found
+
+    def _whole(self, asks: Sequence[tuple[Problem, Ask]]) -> list[list[Rollout]]:
         if not asks:
             return []
         requests = []

@@ -219,19 +219,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 
 def step_targets(
-    row: StepLabels, kind: str, threshold: float = 0.0, *, after_first_zero: bool = True
+    row: StepLabels, kind: str, threshold: float = 0.0, *, after_first_zero: bool = True, root: bool = False
 ) -> list[float | None]:
-    """Training targets in [0, 1] for each step (the empty prefix is left out); None where nothing is known.
+    """Training targets in [0, 1] for each step, with `root` that of the empty prefix in front; None where nothing is known.
 
     `soft`: n_correct / n_rollouts (Math-Shepherd SE, arXiv:2312.08935). `hard`: 1 if any continuation ended right (HE).
     `threshold`: 1 if the share is greater than `threshold`. `human` and `checker` counts are one judgement, so all three
     give the same. With `after_first_zero` False, targets after the first 0 are dropped, as Qwen's PRM does
-    (arXiv:2501.07301 section 2).
+    (arXiv:2501.07301 section 2). The empty prefix is no
+    step: its target is never dropped, and drops none.
     """
     if kind not in ("soft", "hard", "threshold", "human", "checker"):
         raise ValueError(f"label kind must be hard, soft, threshold, human or checker, found {kind!r}")
     targets: list[float | None] = []
-    for correct, rollouts in zip(row.n_correct[1:], row.n_rollouts[1:], strict=True):
+    for correct, rollouts in zip(row.n_correct, row.n_rollouts, strict=True):
         share = correct / rollouts if rollouts else None
         if share is None:
             targets.append(None)
@@ -241,10 +242,10 @@ def step_targets(
             targets.append(float(share > threshold))
         else:
             targets.append(float(correct > 0))
-    if not after_first_zero and 0.0 in targets:
-        keep = targets.index(0.0) + 1
+    if not after_first_zero and 0.0 in targets[1:]:
+        keep = targets.index(0.0, 1) + 1
         targets[keep:] = [None] * (len(targets) - keep)
-    return targets
+    return targets if root else targets[1:]
 
 
 def td_targets(

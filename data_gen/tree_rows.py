@@ -6,6 +6,7 @@ the verdict of a solution that ends there. A node with none of these was passed 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from ..basics import fold_seed
@@ -110,6 +111,44 @@ def value_paths(tree: Tree) -> list[tuple[tuple[str, ...], tuple[float | None, .
         values = tuple(None if s is None else 2 * s - 1 for s in shares)
         found.append((steps_of(tree, path), values, tree.nodes[leaf].outcome or UNFINISHED))
     return found
+
+
+def chosen_paths(trees: Sequence[Tree], *, right: int, wrong: int, seed: int) -> list[Tree]:
+    """Finished solutions of the trees of one problem as trees of one path each: up to `right` right and `wrong` others.
+
+    Node values are those of `value_paths`. A solution that several trees found counts once, as the first has it. Which are kept is
+    drawn with the seed; right ones come first (AlphaMath keeps at most four of each, arXiv:2405.03553 section 4.1).
+    """
+    distinct: dict[tuple[str, ...], Tree] = {}
+    for tree in trees:
+        children = children_of(tree)
+        for leaf in (i for i in range(1, len(tree.nodes)) if not children[i] and tree.nodes[i].outcome is not None):
+            path = path_to(tree, leaf)
+            nodes = []
+            for place, index in enumerate((0, *path)):
+                share = node_share(tree.nodes[index])
+                value = None if share is None else 2 * share - 1
+                nodes.append(dataclasses.replace(tree.nodes[index], parent=place - 1, value=value))
+            distinct.setdefault(steps_of(tree, path), dataclasses.replace(tree, nodes=tuple(nodes)))
+    ordered = sorted(distinct, key=lambda steps: fold_seed(seed, trees[0].problem_id, "path", *steps))
+    sides = [[s for s in ordered if (distinct[s].nodes[-1].outcome == "right") is side] for side in (True, False)]
+    return [distinct[steps] for steps in (*sides[0][:right], *sides[1][:wrong])]
+
+
+def flipped(tree: Tree, share: float, seed: int) -> Tree:
+    """The tree with the counts of a `share` of its judged steps turned round, drawn with the seed: a control for label noise."""
+    nodes = [
+        dataclasses.replace(node, n_correct=node.n_rollouts - node.n_correct)
+        if i and node.n_rollouts and _drawn(seed, tree.problem_id, steps_of(tree, path_to(tree, i))) < share
+        else node
+        for i, node in enumerate(tree.nodes)
+    ]
+    return dataclasses.replace(tree, nodes=tuple(nodes))
+
+
+def _drawn(seed: int, problem_id: str, steps: Sequence[str]) -> float:
+    """Uniform in [0, 1), one number for each prefix."""
+    return fold_seed(seed, problem_id, "flip", *steps) / 2**63
 
 
 def step_pairs(

@@ -6,29 +6,42 @@ import dataclasses
 import errno
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 from .. import __version__
 from ..basics import UserError
 
-HELP = """usage: stepladder COMMAND ...
-
-  quickstart [--out DIR] [--seed N] [--from-scratch]   the whole loop on the lab, in minutes on a CPU
-  run RECIPE.yaml [--out DIR] [stage.key=value ...]    the stages of a recipe; what is done is skipped
-  data STAGE --config FILE [--key value ...]           demonstrations, solutions, step_labels, best_solutions, import,
-                                                       omegaprm, best_first, first_pit, tree_labels, tree_pairs, sorm,
-                                                       prm800k
-  train STAGE --config FILE [--key value ...]          sft, orm, prm
-  search STAGE --config FILE [--key value ...]         beam
-  eval STAGE --config FILE [--key value ...]           policies, best_of_n, prm, first_error, processbench, prmbench
-  claims run NAME [--out DIR] [--results DIR]          puts a paper's claim to the test: all its seeds, one result file
-  claims table [--results DIR] [--out FILE]            the page of all claims from their result files; claims list: names
-  import-gguf FILE --out DIR [--dtype bfloat16]        a plain Hugging Face checkpoint from a GGUF file
-
-`stepladder data solutions --help` lists the fields of a stage. A mistake of yours ends with one sentence and exit status 2."""
-
 GROUPS = ("data", "train", "search", "eval")
+# What each command is called, and what it does; the stages of a group are those of launch/stages.py.
+COMMANDS = (
+    ("quickstart [--out DIR] [--seed N] [--from-scratch]", "the whole loop on the lab, in minutes on a CPU"),
+    ("run RECIPE.yaml [--out DIR] [stage.key=value ...]", "the stages of a recipe; what is done is skipped"),
+    *((f"{group} STAGE --config FILE [--key value ...]", group) for group in GROUPS),
+    ("claims run NAME [--out DIR] [--results DIR]", "puts a paper's claim to the test: all its seeds, one result file"),
+    ("claims table [--results DIR] [--out FILE]", "the page of all claims from their result files; claims list: names"),
+    ("import-gguf FILE --out DIR [--dtype bfloat16]", "a plain Hugging Face checkpoint from a GGUF file"),
+)
+_COLUMN = 55
+
+
+def help_text() -> str:
+    """What `stepladder --help` prints."""
+    from .stages import names_of
+
+    lines = ["usage: stepladder COMMAND ...", ""]
+    for command, does in COMMANDS:
+        told = ", ".join(names_of(does)) if does in GROUPS else does
+        first, *rest = textwrap.wrap(told, 120 - _COLUMN, break_on_hyphens=False)
+        lines.append(f"  {command}".ljust(_COLUMN) + first)
+        lines += [" " * _COLUMN + line for line in rest]
+    lines += [
+        "",
+        "`stepladder data solutions --help` lists the fields of a stage. A mistake of yours ends with one sentence and exit "
+        "status 2.",
+    ]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,7 +84,7 @@ def _refused_write(error: BaseException | None) -> str:
 
 def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP)
+        print(help_text())
         return
     if arguments[0] == "--version":
         print(f"stepladder {__version__}")
@@ -96,9 +109,9 @@ def _dispatch(arguments: list[str]) -> None:
 def _stage(group: str, rest: list[str]) -> None:
     from ..config import build, describe, merge, parse_overrides, read_yaml, unknown_key
     from .pipeline import claim
-    from .stages import STAGES, config_class
+    from .stages import STAGES, config_class, names_of
 
-    names = [name.removeprefix(f"{group}.") for name in STAGES if name.startswith(f"{group}.")]
+    names = names_of(group)
     if not rest or rest[0] in ("-h", "--help"):
         print(f"usage: stepladder {group} STAGE --config FILE [--out DIR] [--key value ...]\n\nstages:")
         for name in names:

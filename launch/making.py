@@ -165,14 +165,7 @@ def make_step_labels(config: options_data.StepLabelling, out: Path) -> bool:
     """Monte-Carlo counts for every prefix."""
     required(config, "solutions")
     task = load_task(config.task)
-    grouped: dict[str, list[Solution]] = {}
-    for row in read_rows(config.solutions, Solution):
-        grouped.setdefault(row.problem_id, []).append(row)
-    groups = [first(rows, config.per_problem) for rows in first(list(grouped.values()), config.limit)]
-    problems = {problem.id: problem for problem in _split(task, config.split)}
-    missing = next((rows[0].problem_id for rows in groups if rows[0].problem_id not in problems), None)
-    if missing is not None:
-        raise UserError(f"{config.solutions}: problem {missing} is not in split {config.split!r} of task {task.name}")
+    groups, problems = solution_groups(config, task)
     units = chunks(groups, config.unit_problems)
     stop = None
     if config.stop_early:
@@ -195,6 +188,19 @@ def make_step_labels(config: options_data.StepLabelling, out: Path) -> bool:
         )  # fmt: skip
 
     return _finish(out, make_rows(out, StepLabels, units, work, shard=Shard.parse(config.shard), progress=out.name))
+
+
+def solution_groups(config: Any, task: Task) -> tuple[list[Sequence[Solution]], dict[str, Problem]]:
+    """The solutions of each problem, as `limit` and `per_problem` say, and the problems of their split."""
+    grouped: dict[str, list[Solution]] = {}
+    for row in read_rows(config.solutions, Solution):
+        grouped.setdefault(row.problem_id, []).append(row)
+    groups = [first(rows, config.per_problem) for rows in first(list(grouped.values()), config.limit)]
+    problems = {problem.id: problem for problem in _split(task, config.split)}
+    missing = next((rows[0].problem_id for rows in groups if rows[0].problem_id not in problems), None)
+    if missing is not None:
+        raise UserError(f"{config.solutions}: problem {missing} is not in split {config.split!r} of task {task.name}")
+    return groups, problems
 
 
 def make_best_solutions(config: options_data.BestSolutions, out: Path) -> bool:

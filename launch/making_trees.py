@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, make_folder
-from ..data_gen import first_pit, omegaprm
+from ..data_gen import first_pit, mcts, omegaprm
 from ..data_gen.best_first import best_first_trees
-from ..data_gen.label_sets import sorm_rows
+from ..data_gen.label_sets import balanced, checker_labels, consensus, sorm_rows
 from ..data_gen.rows import Pair, R, StepLabels, Tree
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
-from ..data_gen.tree_rows import step_labels, step_pairs
-from ..tasks.base import Problem
+from ..data_gen.tree_rows import chosen_paths, flipped, step_labels, step_pairs
+from ..models.prefix_cache import PrefixCache, supports_prefix_cache
+from ..models.reward import RewardModel
+from ..tasks.base import Problem, StepChecker
+from ..tasks.load import load_task
 from . import options, options_data
-from .making import _check_words, _finish, _policy, _problems, _sampling
+from .making import _check_words, _finish, _policy, _problems, _sampling, solution_groups, tell_cut_steps
 from .options import chunks, required
 
 
@@ -69,6 +72,34 @@ def make_best_first(config: options_data.BestFirstTrees, out: Path) -> bool:
     return _over_problems(config, out, Tree, generate)
 
 
+def make_mcts(config: options_data.MCTSTrees, out: Path) -> bool:
+    """Search trees of AlphaMath."""
+    settings = mcts.Options(
+        simulations=config.simulations,
+        width=config.width,
+        max_depth=config.max_depth,
+        c_puct=config.c_puct,
+        terminal_backups=config.terminal_backups,
+    )
+    value: list[RewardModel | None] = []
+
+    def generate(engine: Any, *arguments: Any, **sampling: Any) -> UnitResult[Tree]:
+        if not value:
+            value.append(RewardModel.load(config.value, dtype=config.value_dtype) if config.value else None)
+        # Prefixes are kept within a unit alone: what batches hold, and so how values are rounded, must not depend on the units
+        # before, or a resumed run would differ in the last digit.
+        models: list[Any] = [engine, value[0]]
+        for model in models:
+            if hasattr(model, "cache") and supports_prefix_cache(model.model):
+                model.cache = PrefixCache()
+        return mcts.mcts_trees(engine, *arguments, options=settings, trees=config.trees, value=value[0], **sampling)
+
+    complete = _over_problems(config, out, Tree, generate)
+    if value and value[0] is not None:
+        tell_cut_steps(value[0])
+    return complete
+
+
 def make_first_pit(config: options_data.FirstPit, out: Path) -> bool:
     """Valued prefixes for PAV."""
     options = first_pit.Options(
@@ -82,6 +113,26 @@ def make_first_pit(config: options_data.FirstPit, out: Path) -> bool:
     return _over_problems(config, out, StepLabels, functools.partial(first_pit.valued_prefixes, options=options))
 
 
+def make_value_paths(config: options_data.ValuePaths, out: Path) -> bool:
+    """Single paths with values out of trees."""
+    required(config, "trees")
+    of_problem: dict[str, list[Tree]] = {}
+    for tree in read_rows(config.trees, Tree):
+        of_problem.setdefault(tree.problem_id, []).append(tree)
+    paths: list[Tree] = []
+    dropped: Counter[str] = Counter()
+    for trees in of_problem.values():
+        found = chosen_paths(trees, right=config.right, wrong=config.wrong, seed=config.seed)
+        every = sum(n.outcome is not None for tree in trees for n in tree.nodes)
+        dropped["problems without a finished solution"] += not every
+        dropped["duplicates, and solutions beyond the limit a problem"] += every - len(found)
+        paths += found
+    right = sum(path.nodes[-1].outcome == "right" for path in paths)
+    _copy_step_format(config.trees, out)
+    write_rows(out, paths, dropped=+dropped, counts={"right solutions": right, "other solutions": len(paths) - right})
+    return _finish(out, True)
+
+
 def make_tree_labels(config: options_data.TreeLabels, out: Path) -> bool:
     """Step labels out of trees."""
     required(config, "trees")
@@ -91,7 +142,7 @@ def make_tree_labels(config: options_data.TreeLabels, out: Path) -> bool:
     rows: list[StepLabels] = []
     dropped: Counter[str] = Counter()
     for tree in trees:
-        found = step_labels(tree, single_steps=config.single_steps)
+        found = step_labels(flipped(tree, config.flip, config.seed), single_steps=config.single_steps)
         dropped["trees without a label"] += not found
         rows += found
     probed = sum(node.n_rollouts > 0 for tree in trees for node in tree.nodes[1:])
@@ -110,6 +161,7 @@ def make_tree_pairs(config: options_data.TreePairs, out: Path) -> bool:
     pairs: list[Pair] = []
     dropped: Counter[str] = Counter()
     for tree in read_rows(config.trees, Tree):
+        tree = flipped(tree, config.flip, config.seed)
         how: dict[str, Any] = {"margin": config.margin, "whole_paths": config.whole_paths, "extremes": config.extremes}
         found = step_pairs(tree, **how)
         kept = step_pairs(tree, **how, most=config.per_problem, seed=config.seed)
@@ -127,9 +179,45 @@ def make_sorm(config: options_data.SORMLabels, out: Path) -> bool:
     source = read_rows(config.labels, StepLabels)
     if others := sorted({row.label_source for row in source} - {"monte_carlo"}):
         raise UserError(f"{config.labels}: SORM labels are made from Monte-Carlo counts, found labels of {others[0]}")
-    rows, counts = sorm_rows(source, seed=config.seed, balance=config.balance)
+    rows, counts = sorm_rows(source, seed=config.seed, propagate=config.propagate, balance=config.balance)
     _copy_step_format(config.labels, out)
     write_rows(out, rows, counts=counts)
+    return _finish(out, True)
+
+
+def make_checker_labels(config: options_data.CheckerLabels, out: Path) -> bool:
+    """Judgements of an exact checker."""
+    required(config, "solutions")
+    task = load_task(config.task)
+    if not isinstance(task, StepChecker):
+        raise UserError(f"task {config.task.get('kind')} has no exact step checker: data checker_labels needs one")
+    groups, problems = solution_groups(config, task)
+    solutions = [row for rows in groups for row in rows if row.steps]
+    rows = checker_labels(solutions, task, problems, noise=config.noise, seed=config.seed)
+    dropped = Counter({"empty solutions": sum(map(len, groups)) - len(solutions)})
+    _copy_step_format(config.solutions, out)
+    write_rows(out, rows, dropped=+dropped)
+    return _finish(out, True)
+
+
+def make_consensus(config: options_data.Consensus, out: Path) -> bool:
+    """Labels on which two sources agree."""
+    required(config, "labels", "judge")
+    rows, dropped = consensus(read_rows(config.labels, StepLabels), read_rows(config.judge, StepLabels))
+    _copy_step_format(config.labels, out)
+    write_rows(out, rows, dropped=dropped)
+    return _finish(out, True)
+
+
+def make_balanced(config: options_data.BalancedLabels, out: Path) -> bool:
+    """Step labels with two sides of equal size."""
+    required(config, "labels")
+    source = read_rows(config.labels, StepLabels)
+    rows, counts = balanced(source, seed=config.seed, by_length=config.by_length, threshold=config.threshold)
+    kept = [row for row in rows if any(row.n_rollouts)]
+    counts["labels kept"] = sum(n > 0 for row in kept for n in row.n_rollouts[1:])
+    _copy_step_format(config.labels, out)
+    write_rows(out, kept, dropped=+Counter({"rows without a label": len(rows) - len(kept)}), counts=counts)
     return _finish(out, True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..config import option
 from .options import OnTask, WithPolicy, at_least
@@ -111,11 +112,50 @@ class FirstPit(WithPolicy):
 
 
 @dataclass
+class MCTSTrees(WithPolicy):
+    """Grows search trees over steps, judged by a value model and by answers (AlphaMath; Tree rows)."""
+
+    value: str = option("", "value model; empty: the value of an unfinished solution is 0, answers alone judge")
+    value_dtype: str = option("float32", "precision of the value model")
+    trees: int = option(1, "trees of each problem")
+    simulations: int = option(40, "simulations of each tree")
+    width: int = option(5, "steps sampled at once where a leaf is expanded")
+    max_depth: int = option(16, "a solution of so many steps that has not ended counts as wrong")
+    c_puct: float = option(1.25, "weight of exploration")
+    terminal_backups: bool = option(True, "back finished children up when they are found, and do not select them")
+    unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "trees", "simulations", "width", "max_depth")
+        at_least(self, 0, "c_puct")
+
+
+@dataclass
+class ValuePaths:
+    """Reads finished solutions with the value of each step out of trees (Tree rows of one path)."""
+
+    trees: str = option("", "Tree rows")
+    right: int = option(4, "right solutions of each problem at most")
+    wrong: int = option(4, "other finished solutions of each problem at most")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "right", "wrong")
+
+
+@dataclass
 class TreeLabels:
     """Reads step labels out of trees (StepLabels rows)."""
 
     trees: str = option("", "Tree rows with counts")
     single_steps: bool = option(True, "only steps whose own prefix was probed too, as OmegaPRM labels")
+    flip: float = option(0.0, "a control: turn the counts of this share of the steps round first")
+    seed: int = option(0, "seed of what is turned round")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip must lie in [0, 1], found {self.flip}")
 
 
 @dataclass
@@ -127,10 +167,13 @@ class TreePairs:
     per_problem: int = option(0, "pairs of each tree at most, drawn with the seed; 0 for all")
     whole_paths: bool = option(False, "go on with each step along its best judged descendants")
     extremes: bool = option(False, "only the best and the worst of the siblings make a pair")
-    seed: int = option(0, "seed of the draw")
+    flip: float = option(0.0, "a control: turn the counts of this share of the steps round first")
+    seed: int = option(0, "seed of the draw, and of what is turned round")
 
     def __post_init__(self) -> None:
         at_least(self, 0, "per_problem")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip must lie in [0, 1], found {self.flip}")
         if not 0 < self.margin <= 1:
             raise ValueError(f"margin must lie in (0, 1], found {self.margin}")
 
@@ -140,8 +183,49 @@ class SORMLabels:
     """Makes the labels of a stepwise outcome model from counts: monotone, distinct, balanced (StepLabels rows)."""
 
     labels: str = option("", "StepLabels rows with counts, best made with consistent: true")
+    propagate: bool = option(True, "a prefix of a positive prefix is positive")
     balance: bool = option(True, "as many positive as negative prefixes of each number of steps")
     seed: int = option(0, "seed of the balance")
+
+
+@dataclass
+class CheckerLabels:
+    """Judges every step of solutions by the exact checker of a lab task (StepLabels rows)."""
+
+    solutions: str = option("", "Solution rows to label")
+    per_problem: int = option(0, "label at most so many solutions of a problem, the first sampled; 0 for all")
+    limit: int = option(0, "label the solutions of the first so many problems; 0 for all")
+    noise: float = option(0.0, "turn each judgement round with this probability: a simulated judge")
+    task: dict[str, Any] = option({"kind": "chain"}, "the task, with an exact step checker")
+    split: str = option("train", "the split that the solutions are of")
+    seed: int = option(0, "seed of the noise")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "per_problem", "limit")
+        if not 0 <= self.noise < 1:
+            raise ValueError(f"noise must lie in [0, 1), found {self.noise}")
+
+
+@dataclass
+class Consensus:
+    """Keeps the labelled solutions whose first error a judge puts at the same step (StepLabels rows)."""
+
+    labels: str = option("", "StepLabels rows, for example Monte-Carlo counts")
+    judge: str = option("", "StepLabels rows of the same solutions")
+
+
+@dataclass
+class BalancedLabels:
+    """Drops labels of the larger side until as many steps are likely to end right as not (StepLabels rows)."""
+
+    labels: str = option("", "StepLabels rows with counts")
+    threshold: float = option(0.5, "a share of right continuations of at least this is the upper side")
+    by_length: bool = option(False, "balance each number of steps by itself")
+    seed: int = option(0, "seed of what is dropped")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], found {self.threshold}")
 
 
 @dataclass

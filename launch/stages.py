@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from . import options_claims as claims
 from . import options_data as data
 from . import options_eval as evaluation
 from . import options_search as search
@@ -29,6 +30,11 @@ def _trainer(name: str) -> Callable[..., Any]:
     return run
 
 
+def names_of(group: str) -> list[str]:
+    """The stages of a group, such as `data`, without its name."""
+    return [name.removeprefix(f"{group}.") for name in STAGES if name.startswith(f"{group}.")]
+
+
 def config_class(stage: str) -> type:
     """The config dataclass of a stage; a trainer's is imported only now, with torch."""
     config, _ = STAGES[stage]
@@ -45,9 +51,14 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.omegaprm": (data.OmegaPRMTrees, _stage(".making_trees", "make_omegaprm")),
     "data.best_first": (data.BestFirstTrees, _stage(".making_trees", "make_best_first")),
     "data.first_pit": (data.FirstPit, _stage(".making_trees", "make_first_pit")),
+    "data.mcts": (data.MCTSTrees, _stage(".making_trees", "make_mcts")),
+    "data.value_paths": (data.ValuePaths, _stage(".making_trees", "make_value_paths")),
     "data.tree_labels": (data.TreeLabels, _stage(".making_trees", "make_tree_labels")),
     "data.tree_pairs": (data.TreePairs, _stage(".making_trees", "make_tree_pairs")),
     "data.sorm": (data.SORMLabels, _stage(".making_trees", "make_sorm")),
+    "data.checker_labels": (data.CheckerLabels, _stage(".making_trees", "make_checker_labels")),
+    "data.consensus": (data.Consensus, _stage(".making_trees", "make_consensus")),
+    "data.balance": (data.BalancedLabels, _stage(".making_trees", "make_balanced")),
     "data.best_solutions": (data.BestSolutions, _stage(".making", "make_best_solutions")),
     "data.import": (data.Import, _stage(".making", "import_rows")),
     "data.prm800k": (data.ImportPRM800K, _stage(".making", "import_prm800k")),
@@ -55,6 +66,8 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "train.sft": ("..trainers.sft:SFTArguments", _trainer("sft")),
     "train.orm": ("..trainers.orm:ORMArguments", _trainer("orm")),
     "train.prm": ("..trainers.prm:PRMArguments", _trainer("prm")),
+    "train.ranking": ("..trainers.ranking:RankingArguments", _trainer("ranking")),
+    "train.value": ("..trainers.value:ValueArguments", _trainer("value")),
     "search.beam": (search.Beam, _stage(".making", "make_beam")),
     "eval.policies": (evaluation.EvaluatePolicies, _stage(".evaluate_policies", "evaluate_policies")),
     "eval.best_of_n": (evaluation.EvaluateBestOfN, _stage(".evaluate_best_of_n", "evaluate_best_of_n")),
@@ -65,5 +78,9 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     ),
     "eval.first_error": (evaluation.EvaluateFirstErrors, _stage(".evaluate_first_errors", "evaluate_first_errors")),
     "eval.prmbench": (evaluation.EvaluatePRMBench, _stage(".evaluate_first_errors", "evaluate_prmbench")),
+    "eval.rewards": (claims.EvaluateRewards, _stage(".evaluate_claims", "evaluate_rewards")),
+    "eval.values": (claims.EvaluateValues, _stage(".evaluate_claims", "evaluate_values")),
+    "eval.labels": (claims.EvaluateLabels, _stage(".evaluate_claims", "evaluate_labels")),
+    "eval.pav_toy": (claims.EvaluatePAVToy, _stage(".evaluate_claims", "evaluate_pav_toy")),
     "report": (evaluation.Report, _stage(".make_report", "make_report")),
 }

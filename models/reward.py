@@ -165,6 +165,9 @@ class RewardModel:
                 self.cache.put(ids, row_of(cache, row, columns), score_at)
 
     def _probability(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.step_format.label_kind == "ranking":
+            # Only the order counts, and nothing holds these logits near 0: in single precision high ones would tie at 1.
+            return logits.squeeze(-1).double().sigmoid()
         if self.step_format.head == "scalar":
             return logits.squeeze(-1).sigmoid()
         return logits.softmax(-1)[..., self.step_format.positive_class]

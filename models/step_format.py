@@ -17,7 +17,7 @@ from ..basics import UserError, read_json, write_json
 FILE_NAME = "step_format.json"
 
 Head = Literal["none", "two_class", "scalar"]
-LabelKind = Literal["none", "outcome", "hard", "soft", "threshold", "human", "checker"]
+LabelKind = Literal["none", "outcome", "hard", "soft", "threshold", "human", "checker", "value", "ranking"]
 Aggregation = Literal["last", "min", "prod", "mean"]
 
 # How a solution's step scores become one number depends on what a score means (arXiv:2501.07301 section 3.1; arXiv:2408.03314
@@ -31,6 +31,8 @@ ADVISED_AGGREGATION: dict[str, Aggregation] = {
     "threshold": "last",
     "human": "min",
     "checker": "min",
+    "value": "last",
+    "ranking": "last",  # scores order solutions of one problem and mean nothing else; mean and min can be told
 }
 
 

@@ -137,7 +137,8 @@ class StepladderTrainer(Trainer):
     """A Trainer whose loss is a sum divided by its number of items in the whole optimiser step.
 
     Subclasses give `count_items` (of a micro-batch) and `loss_sum` (the loss summed over those items). The division is by the
-    items of all micro-batches and all processes, so that 8 x 1 equals 1 x 8 and two processes equal one.
+    items of all micro-batches and all processes, so that 8 x 1 equals 1 x 8 and two processes equal one. A loss of several
+    terms, each a mean of its own, gives a vector of sums and a vector of counts; the terms are divided, then added.
     """
 
     args: StepladderArguments
@@ -151,23 +152,23 @@ class StepladderTrainer(Trainer):
         self._evaluated: list[torch.Tensor] = []  # (loss sum, items) of each evaluated micro-batch
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Number of items (labelled steps, sequences, tokens ...) of a micro-batch, a scalar."""
+        """Number of items (labelled steps, sequences, tokens ...) of a micro-batch: a scalar, or [terms]."""
         raise NotImplementedError
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        """(loss summed over the micro-batch's items, metrics for the log)."""
+        """(loss summed over the micro-batch's items, a scalar or [terms]; metrics for the log)."""
         raise NotImplementedError
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        items = torch.stack([self.count_items(b).to(device) for b in batch_samples]).sum().float()
-        return self.accelerator.gather(items.reshape(1)).sum() if self.args.world_size > 1 else items
+        items = torch.stack([self.count_items(b).to(device) for b in batch_samples]).sum(0).float()
+        return self.accelerator.gather(items[None]).sum(0) if self.args.world_size > 1 else items
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total, metrics = self.loss_sum(model, inputs)
         items = num_items_in_batch if num_items_in_batch is not None else self.count_items(inputs)
         # Gradients are averaged over processes, while `items` counts those of all of them.
         processes = self.args.world_size if num_items_in_batch is not None else 1
-        loss = total * processes / torch.as_tensor(items, device=total.device).clamp(min=1)
+        loss = (total * processes / torch.as_tensor(items, device=total.device).clamp(min=1)).sum()
         if model.training:
             for name, value in metrics.items():
                 self._extra.setdefault(name, []).append(value)
@@ -190,7 +191,7 @@ class StepladderTrainer(Trainer):
         with torch.no_grad():
             total, items = self.loss_sum(model, kept)[0].float(), self.count_items(kept).to(self.args.device)
         self._evaluated.append(torch.stack([total, items.float()]) * (real > 0))
-        return total / items.clamp(min=1), None, None
+        return (total / items.clamp(min=1)).sum(), None, None
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
@@ -198,8 +199,9 @@ class StepladderTrainer(Trainer):
         """As the parent's, with a loss that is divided by the items of all batches and processes."""
         self._evaluated = []
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        total, items = self.accelerator.reduce(torch.stack(self._evaluated).sum(0)).tolist()
-        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": total / max(items, 1)}
+        total, items = self.accelerator.reduce(torch.stack(self._evaluated).sum(0))
+        loss = (total / items.clamp(min=1)).sum().item()
+        metrics = {**(output.metrics or {}), f"{metric_key_prefix}_loss": loss}
         return output._replace(metrics=metrics)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -385,10 +387,17 @@ def check_layout(rows_layout: StepFormat, model_layout: StepFormat, where: str) 
             )
 
 
-def start_model(auto_class: Any, args: StepladderArguments, **settings: Any) -> Any:
-    """The model to train, from `args.model`, with `settings` of its configuration and LoRA adapters if asked."""
+def start_model(
+    auto_class: Any, args: StepladderArguments, prepare: Callable[[Any], Any] | None = None, **settings: Any
+) -> Any:
+    """The model to train, from `args.model`, with `settings` of its configuration and LoRA adapters if asked.
+
+    `prepare` may add a head to the model that was loaded, which trains in full beside adapters.
+    """
     torch.manual_seed(args.seed)  # a new head is drawn when the model is loaded
     model = load_model(auto_class, args.model, dtype=args.dtype, settings=settings)
+    if prepare is not None:
+        model = prepare(model)
     if not args.lora_r:
         return model
     from peft import LoraConfig, TaskType, get_peft_model
@@ -400,17 +409,23 @@ def start_model(auto_class: Any, args: StepladderArguments, **settings: Any) -> 
         lora_dropout=args.lora_dropout,
         target_modules="all-linear",
         # A new head is trained in full (peft does that for its task type): adapters on it would be no head at all.
-        exclude_modules=list(HEADS) if task == TaskType.TOKEN_CLS else None,
+        exclude_modules=list(HEADS) if task == TaskType.TOKEN_CLS or prepare is not None else None,
+        modules_to_save=[name for name in HEADS if hasattr(model, name)] if prepare is not None else None,
         task_type=task,
     )
     torch.manual_seed(args.seed)
     return get_peft_model(model, lora)
 
 
-def fit(trainer: StepladderTrainer, tokenizer: Any, step_format: StepFormat) -> dict[str, float]:
+def fit(
+    trainer: StepladderTrainer,
+    tokenizer: Any,
+    step_format: StepFormat,
+    save: Callable[[StepladderTrainer, Any, StepFormat], None] | None = None,
+) -> dict[str, float]:
     """Trains, continuing from the newest whole checkpoint, and writes the model, tokenizer and step format to output_dir.
 
-    LoRA adapters are merged, so that the folder is a plain Hugging Face checkpoint either way.
+    LoRA adapters are merged, so that the folder is a plain Hugging Face checkpoint either way. `save` replaces `save_final`.
     """
     args = trainer.args
     make_folder(args.output_dir)
@@ -421,7 +436,7 @@ def fit(trainer: StepladderTrainer, tokenizer: Any, step_format: StepFormat) -> 
     metrics = dict(result.metrics)
     if trainer.eval_dataset is not None:
         metrics.update(trainer.evaluate())
-    save_final(trainer, tokenizer, step_format)
+    (save or save_final)(trainer, tokenizer, step_format)
     return metrics
 
 

@@ -75,3 +75,30 @@ def weighted_sft(
     elif reduction != "token":
         raise ValueError(f"reduction must be sequence or token, found {reduction!r}")
     return (sequence_weight * per_sequence).sum()
+
+
+def value_mse(log_odds: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Squared error of the value [B, S], 0 where `mask` is False: (V - Q)^2 with V = tanh(log_odds / 2) and Q in [-1, 1].
+
+    AlphaMath (arXiv:2405.03553) Eq. 8. tanh(x / 2) = 2 sigmoid(x) - 1, so that a reader who takes sigmoid(x) for the score, as all
+    do here, has (V + 1) / 2, and tanh is applied once. The paper has tanh(x): the head's scale is free.
+    """
+    error = torch.tanh(torch.where(mask, log_odds, 0.0) / 2) - torch.where(mask, targets, 0.0)
+    return torch.where(mask, error * error, 0.0)
+
+
+def step_ranking(
+    chosen: torch.Tensor, rejected: torch.Tensor, mask: torch.Tensor, target: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Cross-entropy in nats [B, T] of "the chosen step beats the rejected one", 0 where `mask` [B, T] is False.
+
+    L = -[y log sigmoid(r+ - r-) + (1 - y) log sigmoid(r- - r+)]
+
+    y = 1 (`target` None) is the Bradley-Terry loss, summed over the steps behind the branch by Tree-PLV (arXiv:2407.00390); a
+    target [B] of (1 + p - q) / 2, p and q the shares of two siblings, is OmegaPRM's soft one (arXiv:2406.06592 appendix B).
+
+    Args: chosen, rejected [B, T] scores r at the steps that are compared.
+    """
+    gap = torch.where(mask, chosen, 0.0) - torch.where(mask, rejected, 0.0)  # masked scores may hold anything
+    y = torch.ones_like(gap) if target is None else target[:, None].to(gap).expand_as(gap)
+    return torch.where(mask, -(y * F.logsigmoid(gap) + (1 - y) * F.logsigmoid(-gap)), 0.0)

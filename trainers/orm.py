@@ -9,9 +9,12 @@ from typing import Any
 from ..config import option
 from ..data_gen.rows import Solution
 from ..data_gen.store import read_rows
+from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
+from . import losses
 from .common import Examples, pick_rows, report_counts, run_trainer
-from .reward import RewardArguments, finish_examples, target_example, train_reward
+from .joint import language_labels, train_joint
+from .reward import RewardArguments, finish_examples, reward_format, target_example, train_reward
 
 
 @dataclass
@@ -20,15 +23,21 @@ class ORMArguments(RewardArguments):
 
     head: str = option("scalar", "two_class (softmax of two logits) or scalar (sigmoid of one)")
     token_level: bool = option(True, "the outcome is the target at every solution token; false: at the last one only")
+    lambda_lm: float = option(0.0, "weight of a language-model loss on right solutions beside it; 1 as in the paper")
 
     def __post_init__(self) -> None:
+        if self.lambda_lm < 0:
+            raise ValueError(f"lambda_lm must be 0 or more, found {self.lambda_lm}")
+        if self.lambda_lm and self.head != "scalar":
+            raise ValueError(f"lambda_lm needs head: scalar, found {self.head!r}")
         super().__post_init__()
 
 
 def orm_example(
     row: Solution, tokenizer: Any, step_format: StepFormat, args: ORMArguments, counts: Counter[str]
 ) -> dict[str, Any] | None:
-    """The outcome as target at every token of the solution, or at the last separator alone."""
+    """The outcome as target at every token of the solution, or at the last separator alone; with `lambda_lm` also the labels of
+    a language model, on right solutions."""
     if row.outcome == "timeout":
         counts["rows dropped: check timed out"] += 1  # nothing is known about its answer
         return None
@@ -42,7 +51,12 @@ def orm_example(
         return None
     first = encoded.prompt_length if args.token_level else encoded.step_ends[-1]
     positions = range(first, encoded.step_ends[-1] + 1)
-    return target_example(encoded, [float(row.right)] * len(positions), positions, args.max_length, counts)
+    item = target_example(encoded, [float(row.right)] * len(positions), positions, args.max_length, counts)
+    if args.lambda_lm and item is not None:
+        labels = language_labels(encoded, len(step_format.separator_ids), tokenizer.eos_token_id)
+        # Of wrong solutions a language model would learn the errors. The paper has the gold solutions here.
+        item["labels"] = labels if row.right else [-100] * len(labels)
+    return item
 
 
 def train(args: ORMArguments) -> dict[str, float]:
@@ -54,7 +68,20 @@ def train(args: ORMArguments) -> dict[str, float]:
         items = [e for row in rows if (e := orm_example(row, tokenizer, step_format, args, counts)) is not None]
         return finish_examples(path, items, counts, report_counts)
 
-    return train_reward(args, make_examples, "outcome")
+    if not args.lambda_lm:
+        return train_reward(args, make_examples, "outcome")
+    tokenizer = load_tokenizer(args.model)
+    step_format = reward_format(args, tokenizer, "outcome")
+    return train_joint(
+        args,
+        make_examples(args.rows, tokenizer, step_format),
+        make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None,
+        tokenizer,
+        score_format=step_format,
+        score_loss=losses.step_bce if args.loss == "bce" else losses.step_mse,
+        score_weight=1.0,
+        lm_weight=args.lambda_lm,
+    )
 
 
 if __name__ == "__main__":

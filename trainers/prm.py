@@ -24,6 +24,7 @@ class PRMArguments(RewardArguments):
     labels: str = option("hard", "from counts: hard (any continuation right), soft (share right) or threshold")
     threshold: float = option(0.0, "with labels: threshold, positive if the share is greater than this")
     after_first_zero: bool = option(False, "train on steps after the first step labelled 0 too")
+    root: bool = option(False, "train the value of the empty prefix too, at the last prompt token")
 
     def __post_init__(self) -> None:
         if self.labels not in KINDS:
@@ -36,10 +37,11 @@ class PRMArguments(RewardArguments):
 def prm_example(
     row: StepLabels, tokenizer: Any, step_format: StepFormat, args: PRMArguments, counts: Counter[str]
 ) -> dict[str, Any] | None:
-    """Targets at the last separator token of each step that has a label."""
-    targets = step_targets(row, args.labels, args.threshold, after_first_zero=args.after_first_zero)
+    """Targets at the last separator token of each step that has a label, with `root` at the last prompt token too."""
+    targets = step_targets(row, args.labels, args.threshold, after_first_zero=args.after_first_zero, root=args.root)
     encoded = step_format.encode(tokenizer, row.prompt, row.steps)
-    return target_example(encoded, targets, encoded.step_ends, args.max_length, counts)
+    positions = (encoded.root, *encoded.step_ends) if args.root else encoded.step_ends
+    return target_example(encoded, targets, positions, args.max_length, counts)
 
 
 def train(args: PRMArguments) -> dict[str, float]:

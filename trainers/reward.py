@@ -12,7 +12,7 @@ import torch
 from ..basics import UserError
 from ..config import option
 from ..models.loading import load_policy_format, load_tokenizer
-from ..models.step_format import Aggregation, Encoded, Head, LabelKind
+from ..models.step_format import Aggregation, Encoded, Head, LabelKind, StepFormat
 from . import losses
 from .common import (
     Examples,
@@ -103,13 +103,10 @@ class RewardTrainer(StepladderTrainer):
         }
 
 
-def train_reward(
-    args: RewardArguments, make_examples: Any, label_kind: LabelKind, aggregation: Aggregation | None = None
-) -> dict[str, float]:
-    """Trains a reward model on make_examples(path, tokenizer, step_format) and writes its checkpoint; returns metrics."""
-    from transformers import AutoModelForTokenClassification
-
-    tokenizer = load_tokenizer(args.model)
+def reward_format(
+    args: RewardArguments, tokenizer: Any, label_kind: LabelKind, aggregation: Aggregation | None = None
+) -> StepFormat:
+    """The layout of the model to start from, with the head and the labels; checked against that of the rows."""
     head: Head = "two_class" if args.head == "two_class" else "scalar"
     step_format = load_policy_format(args.model, tokenizer, args.separator).for_reward(
         head,
@@ -117,10 +114,21 @@ def train_reward(
         args.aggregation or aggregation,  # type: ignore[arg-type]  # checked when it was given
     )
     check_rows_layout(args, step_format)
+    return step_format
+
+
+def train_reward(
+    args: RewardArguments, make_examples: Any, label_kind: LabelKind, aggregation: Aggregation | None = None
+) -> dict[str, float]:
+    """Trains a reward model on make_examples(path, tokenizer, step_format) and writes its checkpoint; returns metrics."""
+    from transformers import AutoModelForTokenClassification
+
+    tokenizer = load_tokenizer(args.model)
+    step_format = reward_format(args, tokenizer, label_kind, aggregation)
     data = make_examples(args.rows, tokenizer, step_format)
     held_out = make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None
     # Dropout on the head would make scores of the same text differ between training and use.
-    labels = {"num_labels": 2 if head == "two_class" else 1, "classifier_dropout": 0.0}
+    labels: dict[str, Any] = {"num_labels": 2 if args.head == "two_class" else 1, "classifier_dropout": 0.0}
     make_folder(args.output_dir)
     trainer = RewardTrainer(
         model=start_model(AutoModelForTokenClassification, args, **labels),

@@ -22,6 +22,7 @@ from stepladder.data_gen.rows import (
     Tree,
     from_record,
     step_targets,
+    td_targets,
     to_messages,
     to_record,
     to_trl_preference,
@@ -271,3 +272,46 @@ def test_read_rows_names_the_file_and_the_line(tmp_path):
     write_rows(tmp_path, [labels((1, 1), (1, 1))])
     with pytest.raises(UserError, match="row 0: field text of Solution is missing"):
         read_rows(tmp_path, Solution)
+
+
+def slow_td(shares: list[float | None], t: int, alpha: float, horizon: int, tolerance: float) -> float | None:
+    """The look-ahead of step t written as a recursion: v(i) = r_i + alpha (v(i + 1) - r_i) while the shares rise."""
+
+    def value(i: int, left: int) -> float:
+        here = shares[i]
+        assert here is not None
+        following = shares[i + 1] if i + 1 < len(shares) else None
+        if not left or following is None or following - here < tolerance:
+            return here
+        return here + alpha * (value(i + 1, left - 1) - here)
+
+    return None if shares[t] is None else value(t, horizon)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_td_targets_match_a_recursion(seed):
+    rng = random.Random(seed)
+    size = rng.randint(1, 8)
+    counts = sorted(rng.randint(0, 8) for _ in range(size)) if seed % 2 else [rng.randint(0, 8) for _ in range(size)]
+    known = [8 if rng.random() < 0.8 else 0 for _ in range(size)]
+    made = labels((4, *(c if n else 0 for c, n in zip(counts, known, strict=True))), (8, *known))
+    alpha, horizon, shallow = rng.choice([0.25, 0.5, 1.0]), rng.randint(1, 4), rng.randint(0, 4)
+    soft = step_targets(made, "soft")
+    want = [slow_td(soft, t, alpha, horizon, 0.05) if t < shallow else soft[t] for t in range(size)]
+    assert td_targets(made, alpha=alpha, horizon=horizon, shallow=shallow) == pytest.approx(want)
+
+
+def test_td_targets_by_hand():
+    # 1/8, 3/8, 5/8, 5/8: from the first step the rise goes on for two steps, the third adds nothing.
+    made = labels((0, 1, 3, 5, 5), (8,) * 5)
+    assert td_targets(made) == [0.125 + 0.5 * (0.375 + 0.5 * 0.25 - 0.125), 0.5, 0.625, 0.625]
+    assert td_targets(made, alpha=0.0) == step_targets(made, "soft")
+    assert td_targets(labels((0, 5, 2, 8), (8,) * 4)) == [0.625, 0.625, 1.0]  # a fall ends the look-ahead at once
+
+
+def test_the_empty_prefix_has_a_target_if_asked_for():
+    made = labels((0, 2, 0, 4), (8, 8, 8, 8))
+    assert step_targets(made, "soft", root=True) == [0.0, 0.25, 0.0, 0.5]
+    # It is no step: a root that nothing solved drops nothing behind it.
+    assert step_targets(made, "hard", root=True, after_first_zero=False) == [0.0, 1.0, 0.0, None]
+    assert step_targets(labels((0, 1), (0, 1)), "soft", root=True) == [None, 1.0]

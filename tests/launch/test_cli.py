@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +44,9 @@ assert not heavy, heavy
      ["quickstart", "--help"], ["run", "--help"]],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
-    began = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *arguments], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.strip()
-    assert time.monotonic() - began < 5  # a tenth of a second, were it not for other work on the machine
 
 
 def test_help_names_every_stage_that_can_be_run(capsys: Any) -> None:
@@ -59,9 +56,9 @@ def test_help_names_every_stage_that_can_be_run(capsys: Any) -> None:
         group, _, name = kind.partition(".")
         if group in cli.GROUPS:
             # The names may go on in the lines below, up to the next command.
-            listed = re.search(rf"^  {group} STAGE .*?\] ((?:.*\n(?:    .*\n)*))", said, re.MULTILINE)
+            listed = re.search(rf"^  {group} STAGE .*?\] +((?:.*\n(?:    .*\n)*))", said, re.MULTILINE)
             assert listed
-            assert name in listed[1].replace(" ", "").replace("\n", ",").split(",")
+            assert name in re.split(r"[,\s]+", listed[1])
     for group in cli.GROUPS:
         main([group])
         listed = capsys.readouterr().out

@@ -12,16 +12,18 @@ from typing import Any
 import pytest
 
 from stepladder.config import build
-from stepladder.data_gen.rows import Dialogue, Message, Solution, Source, StepLabels
+from stepladder.data_gen.rows import Dialogue, Message, Node, Pair, Solution, Source, StepLabels, Tree
 from stepladder.data_gen.store import write_rows
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers import orm, prm, sft
+from stepladder.trainers import orm, prm, ranking, sft, value
 
 SOURCE = Source("policy", "engine", "chain", 0)
 KINDS = {
     "prm": (prm.PRMArguments, prm.train),
     "orm": (orm.ORMArguments, orm.train),
     "sft": (sft.SFTArguments, sft.train),
+    "ranking": (ranking.RankingArguments, ranking.train),
+    "value": (value.ValueArguments, value.train),
 }
 
 
@@ -65,6 +67,32 @@ def dialogue_row(number: int, *messages: Message) -> Dialogue:
     return Dialogue(f"p{number}", "solve", messages, "{}", SOURCE)
 
 
+def pair_row(
+    number: int,
+    prefix: Sequence[str],
+    chosen: Sequence[str],
+    rejected: Sequence[str],
+    rewards=(1.0, 0.0),
+    **fields: Any,
+) -> Pair:
+    known: dict[str, Any] = {"prompt": f"Start {number % 13} ; + 5", **fields}
+    return Pair(
+        problem_id=f"p{number}", prefix=tuple(prefix), chosen=tuple(chosen), rejected=tuple(rejected),
+        reward_chosen=rewards[0], reward_rejected=rewards[1], n_chosen=8, n_rejected=8, chosen_finished=True,
+        rejected_finished=True, source=SOURCE, **known,
+    )  # fmt: skip
+
+
+def path_row(number: int, steps: Sequence[str], values: Sequence[float | None], outcome: str, **fields: Any) -> Tree:
+    """A path of a search tree with `values` of the root and of each step."""
+    known: dict[str, Any] = {"prompt": f"Start {number % 13} ; + 5", **fields}
+    nodes = [
+        Node(i - 1, step, 0, 0, int(v is not None), v, outcome if i == len(steps) else None, 0.0)
+        for i, (step, v) in enumerate(zip(["", *steps], values, strict=True))
+    ]
+    return Tree(problem_id=f"p{number}", gold="1", nodes=tuple(nodes), source=SOURCE, **known)
+
+
 def some_rows(kind: str, count: int, seed: int = 0, longest: int = 6) -> list[Any]:
     """Rows of a trainer with lengths that differ."""
     rng = random.Random(seed)
@@ -75,6 +103,11 @@ def some_rows(kind: str, count: int, seed: int = 0, longest: int = 6) -> list[An
             made.append(labels_row(number, steps, [rng.randint(0, 10) for _ in steps]))
         elif kind == "orm":
             made.append(solution_row(number, steps, rng.choice(["right", "wrong"])))
+        elif kind == "ranking":
+            made.append(pair_row(number, steps[:1], steps_of(rng, rng.randint(1, longest)), steps_of(rng, 2)))
+        elif kind == "value":
+            values = [rng.uniform(-1, 1) for _ in range(len(steps) + 1)]
+            made.append(path_row(number, steps, values, rng.choice(["right", "wrong"])))
         else:
             reply = Message("assistant", "".join(step + "\n" for step in steps), train=True)
             made.append(dialogue_row(number, Message("user", f"Start {number % 13} ; + 5"), reply))
@@ -83,7 +116,9 @@ def some_rows(kind: str, count: int, seed: int = 0, longest: int = 6) -> list[An
 
 @pytest.fixture(scope="session")
 def rows() -> SimpleNamespace:
-    return SimpleNamespace(labels=labels_row, solution=solution_row, dialogue=dialogue_row, some=some_rows)
+    return SimpleNamespace(
+        labels=labels_row, solution=solution_row, dialogue=dialogue_row, pair=pair_row, path=path_row, some=some_rows
+    )
 
 
 @pytest.fixture

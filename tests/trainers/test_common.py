@@ -66,7 +66,12 @@ def test_the_evaluation_loss_does_not_depend_on_the_batch(rows, settings, train,
     found = []
     for size in (1, 4, 11):
         values = settings(
-            "prm", labels="soft", max_steps=2, eval_rows=str(tmp_path / "held_out"), per_device_eval_batch_size=size
+            "prm",
+            labels="soft",
+            after_first_zero=True,
+            max_steps=2,
+            eval_rows=str(tmp_path / "held_out"),
+            per_device_eval_batch_size=size,
         )
         result = train("prm", values)
         found.append(result.metrics["eval_loss"])

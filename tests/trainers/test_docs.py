@@ -12,8 +12,10 @@ import yaml
 from stepladder.trainers.common import StepladderArguments
 from stepladder.trainers.orm import ORMArguments
 from stepladder.trainers.prm import PRMArguments
+from stepladder.trainers.ranking import RankingArguments
 from stepladder.trainers.reward import RewardArguments
 from stepladder.trainers.sft import SFTArguments
+from stepladder.trainers.value import ValueArguments
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -36,7 +38,16 @@ def test_the_example_trains(settings, train, starter, tmp_path, kind):
     assert Path(values["output_dir"], "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("kind", "config"), [("prm", PRMArguments), ("orm", ORMArguments), ("sft", SFTArguments)])
+PAGES = [
+    ("prm", PRMArguments),
+    ("orm", ORMArguments),
+    ("sft", SFTArguments),
+    ("tree_plv", RankingArguments),
+    ("alphamath", ValueArguments),
+]
+
+
+@pytest.mark.parametrize(("kind", "config"), PAGES)
 def test_every_option_is_in_the_page_with_its_default(kind, config):
     classes = [c for c in (config, RewardArguments) if issubclass(config, c)]
     own = {name for c in classes for name in vars(c).get("__annotations__", {}) if name != "args"}
@@ -46,7 +57,7 @@ def test_every_option_is_in_the_page_with_its_default(kind, config):
             assert field.name in rows, f"docs/{kind}.md says nothing of {field.name}"
             default = field.default if field.default is not dataclasses.MISSING else ""
             shown = str(default).lower() if isinstance(default, bool) else str(default).replace("\n", '"\\n"')
-            assert rows[field.name].split("|")[2].strip(" `") == shown
+            assert rows[field.name].split("|")[2].strip(" `").replace('""', "") == shown
 
 
 def test_what_all_trainers_share_is_on_one_page():

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from stepladder.trainers.losses import step_bce, step_logit, step_mse, token_cross_entropy, weighted_sft
+from stepladder.trainers.losses import (
+    step_bce,
+    step_logit,
+    step_mse,
+    step_ranking,
+    token_cross_entropy,
+    value_mse,
+    weighted_sft,
+)
 
 B, S, V = 3, 7, 5
 
@@ -122,6 +130,71 @@ def test_nothing_to_train_gives_zero_and_not_nan(loss):
     found.backward()
     assert found.item() == 0
     assert (x.grad == 0).all()
+
+
+def test_value_mse_is_the_squared_error_of_a_tanh():
+    x, mask = 2 * draw(B, S), some_mask()
+    q = 2 * soft_targets() - 1
+    want = [
+        [(math.tanh(x[b, s].item() / 2) - q[b, s].item()) ** 2 if mask[b, s] else 0.0 for s in range(S)]
+        for b in range(B)
+    ]
+    torch.testing.assert_close(value_mse(x, q, mask), torch.tensor(want, dtype=torch.float64))
+    # The score that a reader takes from the same logit is the value moved to [0, 1]: one squashing, not two.
+    torch.testing.assert_close(4 * step_mse(x, (q + 1) / 2, mask), value_mse(x, q, mask))
+    assert torch.autograd.gradcheck(lambda x, q: value_mse(x, q, mask), (x.requires_grad_(), q.requires_grad_()))
+
+
+# --- rankings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_step_ranking_matches_a_loop(soft):
+    chosen, rejected, mask = 2 * draw(B, S), 2 * draw(B, S, seed=6), some_mask()
+    target = torch.tensor([1.0, 0.7, 0.5], dtype=torch.float64) if soft else None
+    want = []
+    for b in range(B):
+        y = target[b].item() if soft else 1.0
+        wins = [1 / (1 + math.exp(-(chosen[b, s] - rejected[b, s]).item())) for s in range(S)]
+        want.append([-(y * math.log(p) + (1 - y) * math.log(1 - p)) if mask[b, s] else 0.0 for s, p in enumerate(wins)])
+    found = step_ranking(chosen, rejected, mask, target)
+    torch.testing.assert_close(found, torch.tensor(want, dtype=torch.float64))
+    assert torch.autograd.gradcheck(
+        lambda c, r: step_ranking(c, r, mask, target), (chosen.requires_grad_(), rejected.requires_grad_())
+    )
+
+
+def test_a_soft_target_is_met_by_its_own_gap_and_a_preference_by_none():
+    """Two siblings solved 6 and 2 of 8 times: the better wins with (1 + 3/4 - 1/4) / 2 = 3/4, at a gap of log 3."""
+    one = torch.ones(1, 1, dtype=torch.bool)
+    gap = torch.tensor([[math.log(3)]], dtype=torch.float64, requires_grad=True)
+    step_ranking(gap, torch.zeros_like(gap), one, torch.tensor([0.75])).sum().backward()
+    assert abs(gap.grad.item()) < 1e-12
+    gap.grad = None
+    step_ranking(gap, torch.zeros_like(gap), one).sum().backward()
+    assert gap.grad.item() == pytest.approx(-0.25)
+
+
+def test_a_ranking_keeps_its_gradient_and_does_not_care_for_the_level():
+    chosen, rejected = torch.tensor([[-80.0, 3.0]]), torch.tensor([[80.0, 1.0]])
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    torch.testing.assert_close(step_ranking(chosen, rejected, mask)[0, 0], torch.tensor(160.0))
+    torch.testing.assert_close(step_ranking(chosen + 7, rejected + 7, mask), step_ranking(chosen, rejected, mask))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_masked_rankings_and_values_may_hold_anything(bad):
+    chosen, rejected, mask = draw(B, S), draw(B, S, seed=6), some_mask()
+    want, values = step_ranking(chosen, rejected, mask), value_mse(chosen, rejected, mask)
+    chosen[~mask], rejected[~mask] = bad, bad
+    chosen.requires_grad_()
+    for loss, expected in ((step_ranking, want), (value_mse, values)):
+        chosen.grad = None
+        found = loss(chosen, rejected, mask)
+        assert torch.equal(found, expected)
+        found.sum().backward()
+        assert (chosen.grad[~mask] == 0).all()
+        assert chosen.grad[mask].isfinite().all()
 
 
 # --- losses of tokens -------------------------------------------------------------------------------------------------

@@ -238,3 +238,21 @@ def test_max_rows_draws_the_same_rows_for_a_seed(rows, settings, train, capsys):
 def test_settings_that_cannot_be(settings, train, wrong, message):
     with pytest.raises(UserError, match=message):
         train("prm", settings("prm", **wrong))
+
+
+def test_the_root_is_trained_at_the_last_prompt_token_and_read_there(rows, settings, train, lab_words, tmp_path):
+    """PAV's root: four prompts with four values of the empty prefix, each read back by score_with_root."""
+    shares = [1, 4, 6, 9]
+    training = [
+        dataclasses.replace(rows.labels(n, ["1 + 1 = 2"], [5]), n_correct=(share, 5), n_rollouts=(10, 10))
+        for n, share in enumerate(shares)
+    ]
+    values = settings("prm", training, labels="soft", root=True, max_steps=200, learning_rate=0.03, logging_steps=100)
+    reward = RewardModel.load(str(train("prm", values).out), device="cpu")
+    found = reward.score_with_root([(row.prompt, row.steps) for row in training])
+    assert [one[0] for one in found] == pytest.approx([share / 10 for share in shares], abs=0.06)
+    assert [one[1] for one in found] == pytest.approx([0.5] * 4, abs=0.06)
+
+    args = PRMArguments(model="m", rows="r", output_dir=str(tmp_path), use_cpu=True, labels="soft", root=True)
+    item = prm_example(training[1], lab_words, StepFormat.for_policy(lab_words, "\n"), args, Counter())
+    assert targets_of(item) == {4: 0.4, 10: 0.5}

@@ -1,0 +1,199 @@
+"""Monte-Carlo tree search over steps with a value model instead of rollouts (AlphaMath, arXiv:2405.03553 section 3.2)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ..models.engine import Engine, Sampling
+from ..models.reward import RewardModel
+from ..models.step_format import StepFormat
+from ..tasks.base import Outcome, Problem, Task
+from .growing import Ask, Cut, Growth, Roller, grow
+from .rows import Node, Source, Tree
+from .store import UnitResult
+from .tree_rows import UNFINISHED
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of one search; the defaults are the paper's but for the depth, which is a task's."""
+
+    simulations: int = 40
+    width: int = 5  # steps sampled at once where a leaf is expanded
+    max_depth: int = 16  # a path of so many steps that has not ended counts as wrong
+    c_puct: float = 1.25
+    terminal_backups: bool = True  # finished children are backed up when they are found, and not selected
+
+
+@dataclass
+class _Growing:
+    """A node in the making: `ids` behind the prompt, visits N, the sum of what was backed up, and the prior of its step."""
+
+    parent: int
+    ids: tuple[int, ...]
+    steps: tuple[str, ...]
+    prior: float = 1.0
+    logprob: float = 0.0
+    visits: int = 0
+    total: float = 0.0
+    outcome: str | None = None
+    children: list[int] = field(default_factory=list)
+    closed: bool = False  # nothing below it is left to expand
+
+    @property
+    def q(self) -> float:
+        return self.total / self.visits if self.visits else 0.0
+
+
+@dataclass
+class Found:
+    """What one search gave. `dropped` says why there is no tree."""
+
+    nodes: list[_Growing]
+    dropped: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def tree(self, problem: Problem, source: Source) -> Tree:
+        """The finished row: visits, and Q as the value of what was visited."""
+        nodes = tuple(
+            Node(
+                n.parent,
+                n.steps[-1] if n.steps else "",
+                0,
+                0,
+                n.visits,
+                n.q if n.visits else None,
+                n.outcome,
+                n.logprob,
+            )
+            for n in self.nodes
+        )
+        return Tree(problem.id, problem.prompt, problem.answer, nodes, source)
+
+
+def puct(q: float, prior: float, parent_visits: int, visits: int, c_puct: float) -> float:
+    """Q + c_puct prior sqrt(N_parent) / (1 + N): what selection maximises."""
+    return q + c_puct * prior * math.sqrt(parent_visits) / (1 + visits)
+
+
+def search_tree(cut: Cut, options: Options, number: int = 0) -> Growth[Found]:
+    """Grows one search tree; trees of other numbers sample other steps.
+
+    A simulation goes down from the root by `puct` to a node that was not expanded yet, samples `width` steps there, and backs
+    up the value of that node (0 without a value model) to the root: N + 1, Q the running mean. The prior of a step is exp(mean
+    log-probability of its tokens), not normalised over siblings, and Q of an unvisited node is 0. Steps that are sampled twice
+    are one child. A finished child has reward 1 if its answer is right and -1 otherwise; a path of `max_depth` steps that is not
+    finished ends there with -1.
+
+    With `terminal_backups`, as in the released code, each finished child is backed up at once, so that one expansion is
+    1 + (finished children) backups; finished children are skipped in selection, a node whose children are all finished or closed
+    is closed itself, and a tree whose root is closed is done. Without, as in textbooks, finished children are selected like
+    others, each time a simulation of its own; then Q goes to the exact value of best play as simulations grow.
+    """
+    nodes = [_Growing(-1, (), ())]
+    found = Found(nodes)
+
+    def backup(index: int, value: float) -> None:
+        while index >= 0:
+            nodes[index].visits += 1
+            nodes[index].total += value
+            index = nodes[index].parent
+
+    def close(index: int) -> None:
+        while index >= 0 and all(nodes[child].closed for child in nodes[index].children):
+            nodes[index].closed = True
+            index = nodes[index].parent
+
+    for _ in range(options.simulations):
+        if nodes[0].closed:
+            found.counts["trees with nothing left to expand"] += 1
+            break
+        leaf = 0
+        while nodes[leaf].children:
+            parent = nodes[leaf]
+            leaf = max(
+                (child for child in parent.children if not nodes[child].closed),
+                key=lambda c: puct(nodes[c].q, nodes[c].prior, parent.visits, nodes[c].visits, options.c_puct),
+            )
+        found.counts["simulations"] += 1
+        node = nodes[leaf]
+        if node.outcome is not None:
+            backup(leaf, _reward(node.outcome))
+            continue
+        numbers = range(number * options.width, (number + 1) * options.width)
+        [rollouts] = yield [Ask(node.ids, numbers, one_step=True)]
+        if not rollouts and leaf == 0:
+            found.dropped = "prompts longer than the context"
+            return found
+        seen: set[tuple[str, ...]] = set()
+        for rollout in rollouts:
+            steps, _ = cut(rollout.ids)
+            if len(steps) <= len(node.steps) or steps in seen:
+                found.counts["samples that add no step"] += 1
+                continue
+            seen.add(steps)
+            logprob, tokens = sum(rollout.logprobs), len(rollout.ids) - rollout.start
+            outcome = None if rollout.outcome == UNFINISHED else rollout.outcome
+            if outcome is None and len(steps) >= options.max_depth:
+                found.counts["paths cut at the greatest depth"] += 1
+                outcome = Outcome.UNPARSEABLE.value
+            node.children.append(len(nodes))
+            child = _Growing(leaf, rollout.ids, steps, math.exp(logprob / max(tokens, 1)), logprob, outcome=outcome)
+            child.closed = outcome is not None and options.terminal_backups
+            nodes.append(child)
+            found.counts["right solutions"] += outcome == Outcome.RIGHT.value
+        if not node.children:
+            # No step can be added, for want of room: the solution ends here without an answer.
+            node.outcome, node.closed = Outcome.UNPARSEABLE.value, options.terminal_backups
+            backup(leaf, -1.0)
+            close(node.parent)
+            continue
+        if options.terminal_backups:
+            for index in node.children:
+                if (outcome := nodes[index].outcome) is not None:
+                    backup(index, _reward(outcome))
+            close(leaf)
+        value = rollouts[0].value
+        backup(leaf, 0.0 if value is None else value)
+    return found
+
+
+def _reward(outcome: str) -> float:
+    return 1.0 if outcome == Outcome.RIGHT.value else -1.0
+
+
+def mcts_trees(
+    engine: Engine,
+    task: Task,
+    step_format: StepFormat,
+    problems: Sequence[Problem],
+    *,
+    options: Options,
+    trees: int,
+    value: RewardModel | None,
+    sampling: Sampling,
+    seed: int,
+    policy: str,
+) -> UnitResult[Tree]:
+    """`trees` trees of each question: same arguments, same rows, whatever questions stand beside it but for rounding of values."""
+    before = engine.ledger.copy() if value is None else engine.ledger + value.ledger
+    roller = Roller(engine, task, step_format, sampling, seed, value)
+    asked = [problem for problem in problems for _ in range(trees)]
+    growths = [search_tree(roller.cut, options, number) for _ in problems for number in range(trees)]
+    result: UnitResult[Tree] = UnitResult([])
+    solved: Counter[str] = Counter()
+    for problem, found in zip(asked, grow(roller, asked, growths), strict=True):
+        result.counts.update(found.counts)
+        if found.dropped:
+            result.dropped[found.dropped] += 1
+        else:
+            result.rows.append(found.tree(problem, roller.source(policy)))
+            solved[problem.id] |= found.counts["right solutions"] > 0
+    result.ledger = (engine.ledger if value is None else engine.ledger + value.ledger) - before
+    result.counts["policy calls"] = result.ledger.policy_calls
+    result.counts["questions solved"] = sum(solved.values())
+    result.dropped.update(+roller.counts)
+    return result
