@@ -13,6 +13,7 @@ from ..data_gen.store import read_about, read_rows
 from ..models.judges import StepScorer
 from ..models.ledger import Ledger
 from ..models.reward import RewardModel, aggregate
+from ..models.step_metrics import auroc
 from ..search.choose import best_of_k, majority_of_k, paired_bootstrap, pass_at_k, weighted_of_k
 from . import options_eval
 from .evaluate import record, values_of, write_results
@@ -36,6 +37,7 @@ def evaluate_best_of_n(config: options_eval.EvaluateBestOfN, out: Path) -> None:
     scores, costs = _scores(config, rows, out)
     curves = _votes(rows, pool, ks)  # arm -> k -> a value for each problem
     model_of: dict[str, str] = {}
+    records: list[dict[str, Any]] = []
     for name, steps in scores.items():
         for how in config.aggregations:
             totals = [aggregate(one, how) for one in steps]
@@ -51,8 +53,8 @@ def evaluate_best_of_n(config: options_eval.EvaluateBestOfN, out: Path) -> None:
                     curves[weighted][k].append(
                         weighted_of_k(answers, right, mine, k, subsets=config.subsets, seed=drawn)
                     )
+            records += _ranking(f"pool/{name}_{how}", rows, pool, totals, config.seed)
     sampled = Ledger(**read_about(config.samples)["ledger"]) if Path(config.samples).is_dir() else Ledger()
-    records: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     for arm, by_k in curves.items():
         model = model_of.get(arm, "")
@@ -72,6 +74,17 @@ def evaluate_best_of_n(config: options_eval.EvaluateBestOfN, out: Path) -> None:
     print(" " * width + "".join(f"{'@' + str(k):>8s}" for k in ks))
     for arm, by_k in curves.items():
         print(arm.ljust(width) + "".join(f"{100 * sum(own) / len(own):8.1f}" for own in by_k.values()))
+
+
+def _ranking(
+    arm: str, rows: Sequence[Solution], pool: Mapping[str, Sequence[int]], totals: Sequence[float], seed: int
+) -> list[dict[str, Any]]:
+    """Mean over problems of P(a right sample scores above a wrong one), of problems that have both."""
+    both = [own for own in pool.values() if 0 < sum(rows[i].right for i in own) < len(own)]
+    inside = [auroc([totals[i] for i in own], [rows[i].right for i in own]) for own in both]
+    return (
+        [record(arm, "within_question_auroc", paired_bootstrap(inside, seed=seed), len(inside), seed)] if both else []
+    )
 
 
 def draw_sizes(asked: Sequence[int], pools: Sequence[int]) -> list[int]:

@@ -15,7 +15,15 @@ from ..data_gen.store import read_rows
 from ..models.critic import majority_index, unreadable, vote_scores
 from ..models.engine import Sampling
 from ..models.judges import ErrorFinder, StepScorer, load_judge
-from ..models.step_metrics import auroc, first_error_f1, lowest_is_last, matthews, predicted_first_error, prm_score
+from ..models.step_metrics import (
+    auroc,
+    expected_calibration_error,
+    first_error_f1,
+    lowest_is_last,
+    matthews,
+    predicted_first_error,
+    prm_score,
+)
 from ..search.choose import paired_bootstrap
 from . import options_eval
 from .evaluate import bootstrap_groups, content_of, record, values_of, write_results
@@ -115,14 +123,19 @@ def _f1_records(
     for name in ("f1", "accuracy_error", "accuracy_correct"):
         one = lambda idx, name=name: first_error_f1([predicted[i] for i in idx], [labels[i] for i in idx])[name]
         lines.append(record(arm, name, bootstrap_groups(groups, one, seed), len(cases), seed))
-    known = [y + 1 if y >= 0 else len(case.steps) for y, case in zip(labels, cases, strict=True)]
-    flat = [v for s, n in zip(found.scores, known, strict=True) for v in s[:n]]
-    good = [k != y for y, n in zip(labels, known, strict=True) for k in range(n)]
+    flat, good = _known_steps(cases, found)
     lines.append(record(arm, "step_auroc", auroc(flat, good), len(flat), seed))
     if found.votes is not None:
         missing = [float(p is None) for p in predicted]
         lines.append(record(arm, "unparseable", sum(missing) / len(missing), len(missing), seed))
     return lines
+
+
+def _known_steps(cases: Sequence[Case], found: Findings) -> tuple[list[float], list[bool]]:
+    """(scores, whether the step is right) of the steps up to the first wrong one."""
+    known = [case.label + 1 if case.label >= 0 else len(case.steps) for case in cases]
+    scores = [v for s, n in zip(found.scores, known, strict=True) for v in s[:n]]
+    return scores, [k != case.label for case, n in zip(cases, known, strict=True) for k in range(n)]
 
 
 def _values(arm: str, cases: Sequence[Case], predicted: Sequence[int | None]) -> list[dict[str, Any]]:
@@ -216,6 +229,9 @@ def evaluate_first_errors(config: options_eval.EvaluateFirstErrors, out: Path) -
         arm, one = f"first_error/{subset}", found[subset]
         predicted = one.first_errors(threshold)
         lines += _f1_records(arm, cases, one, predicted, config.seed)
+        flat, good = _known_steps(cases, one)
+        ece = expected_calibration_error(flat, [float(g) for g in good])
+        lines.append(record(arm, "step_ece", ece, len(flat), config.seed))
         lines += _verdict_records(arm, cases, predicted, config.seed)
         labels, right = [c.label for c in cases], [c.answer_right for c in cases]
         lines += process_records(arm, one.scores, predicted, labels, right, config.seed)

@@ -143,6 +143,9 @@ def test_first_errors_of_a_reward_model_by_hand(tmp_path: Path, table: Callable[
     right, wrong = [0.9, 0.8, 0.7, 0.9, 0.4, 0.9, 0.9, 0.9, 0.8], [0.2, 0.6, 0.6]
     pairs = [(r > w) + (r == w) / 2 for r in right for w in wrong]
     assert of("step_auroc") == pytest.approx(sum(pairs) / len(pairs))
+    # Bins: .9 five times and right; .8 twice, .7 and .4, right; .2 and .6 twice, wrong.
+    gaps = [5 * 0.1, 2 * 0.2, 0.3, 0.6, 0.2, 2 * 0.6]
+    assert of("step_ece") == pytest.approx(sum(gaps) / 12)
     assert got["first_error", "threshold"] == 0.5
     kept = values(tmp_path / "out")
     assert kept["first_error/x", "accuracy_error"] == {"c": 1.0, "d": 0.0, "e": 0.0}
@@ -337,6 +340,8 @@ def test_curves_are_the_means_over_all_draws(tmp_path: Path) -> None:
             assert got[f"pool/best_m_{name}", f"minus_majority@{k}"] == pytest.approx(best - majority)
             assert got[f"pool/best_m_{name}", f"oracle_gap@{k}"] == pytest.approx(passed - best)
             assert got[f"pool/weighted_m_{name}", f"accuracy@{k}"] == pytest.approx(vote, abs=0.02 if k == 2 else 1e-9)
+    # p: .3 right, .8, .4 and .9 wrong; q: .5 and .1 right, .9 and .2 wrong.
+    assert got["pool/m_last", "within_question_auroc"] == pytest.approx((0 / 3 + 1 / 4) / 2)
     tokens = {(r["arm"], r["metric"]): r["tokens"] for r in read_json(tmp_path / "out" / "results.json")}
     assert [tokens["pool/majority", f"accuracy@{k}"] for k in (1, 2, 4)] == [200, 400, 800]
     assert values(tmp_path / "out")["pool/pass", "accuracy@1"] == {"p": 0.25, "q": 0.5}
