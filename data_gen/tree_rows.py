@@ -209,10 +209,10 @@ def step_pairs(
 
 
 def _best_path(tree: Tree, children: Sequence[Sequence[int]], index: int) -> tuple[int, ...]:
-    """`index` and, below it, the best judged child of each node, the first among equals."""
+    """`index` and, below it, the best judged child of each node, the first among equals; where none was judged, the first."""
     path = [index]
     while True:
         judged = [(share, -i) for i in children[path[-1]] if (share := node_share(tree.nodes[i])) is not None]
-        if not judged:
+        if not children[path[-1]]:
             return tuple(path)
-        path.append(-max(judged)[1])
+        path.append(-max(judged)[1] if judged else children[path[-1]][0])

@@ -68,6 +68,7 @@ def make_best_first(config: options_data.BestFirstTrees, out: Path) -> bool:
         candidates=config.candidates,
         completions=config.completions,
         max_depth=config.max_depth,
+        complete=config.complete,
     )
     return _over_problems(config, out, Tree, generate)
 
