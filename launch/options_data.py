@@ -139,6 +139,7 @@ class ValuePaths:
     trees: str = option("", "Tree rows")
     right: int = option(4, "right solutions of each problem at most")
     wrong: int = option(4, "other finished solutions of each problem at most")
+    likely: bool = option(False, "keep the right solutions that the policy is most likely to write, not drawn ones")
     seed: int = option(0, "seed of the draw")
 
     def __post_init__(self) -> None:
