@@ -47,13 +47,18 @@ def next_steps(rollouts: Sequence[Rollout], cut: Cut, depth: int, most: int) -> 
     return list(found.values())[:most]
 
 
-def best_first_tree(cut: Cut, *, candidates: int, completions: int, max_depth: int) -> Growth[Found]:
+def best_first_tree(
+    cut: Cut, *, candidates: int, completions: int, max_depth: int, complete: bool = False
+) -> Growth[Found]:
     """Grows one path of best steps with all their siblings.
 
     The reward of a prefix is the share of its `completions` that end right (the paper's N), that of a finished solution its
     verdict. At each level up to `candidates` next steps get their reward; the best, the first sampled among equals, is expanded,
     until it is finished or `max_depth` is reached. Next steps are drawn from the completions that gave the prefix its own reward:
     they are samples of the policy and cost nothing. A level whose best reward is 0 is the last: nothing below it differs.
+
+    With `complete` each step that is judged and not expanded goes on along its first completion, by steps that are not judged, so
+    that it is part of a whole solution as the expanded ones are.
     """
     builder = TreeBuilder()
     found = Found(builder)
@@ -71,6 +76,7 @@ def best_first_tree(cut: Cut, *, candidates: int, completions: int, max_depth: i
         growing = [c for c in level if not c.finished]
         answers = iter((yield [Ask(c.rollout.ids[: c.ends[-1]], range(completions)) for c in growing]))
         best: tuple[float, int, list[Rollout]] | None = None
+        siblings: dict[int, Rollout] = {}
         for candidate in level:
             child = builder.add(candidate.rollout, candidate.steps, candidate.ends)
             below: list[Rollout] = []
@@ -79,13 +85,21 @@ def best_first_tree(cut: Cut, *, candidates: int, completions: int, max_depth: i
             else:
                 below = next(answers)
                 builder.count(child, below)
+                if below:
+                    siblings[child] = below[0]
             counted = builder.nodes[child]
             if counted.n_rollouts:
                 found.counts["steps judged"] += 1
                 share = counted.n_correct / counted.n_rollouts
                 if best is None or share > best[0]:
                     best = (share, child, below)
-        if best is None or best[0] == 0:
+        hopeless = best is None or best[0] == 0
+        for child, rollout in siblings.items():
+            if complete and (hopeless or best is None or child != best[1]):
+                last = builder.nodes[builder.add(rollout, *cut(rollout.ids))]
+                if not last.n_rollouts and last is not builder.nodes[child]:
+                    last.outcome = rollout.outcome
+        if best is None or hopeless:
             found.counts["questions that no step could solve"] += 1
             break
         _, node, rollouts = best
@@ -104,6 +118,7 @@ def best_first_trees(
     candidates: int,
     completions: int,
     max_depth: int,
+    complete: bool = False,
     sampling: Sampling,
     seed: int,
     policy: str,
@@ -113,7 +128,9 @@ def best_first_trees(
     roller = Roller(engine, task, step_format, sampling, seed)
     result: UnitResult[Tree] = UnitResult([])
     growths = [
-        best_first_tree(roller.cut, candidates=candidates, completions=completions, max_depth=max_depth)
+        best_first_tree(
+            roller.cut, candidates=candidates, completions=completions, max_depth=max_depth, complete=complete
+        )
         for _ in problems
     ]
     for problem, found in zip(problems, grow(roller, problems, growths), strict=True):

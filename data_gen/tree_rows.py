@@ -113,11 +113,13 @@ def value_paths(tree: Tree) -> list[tuple[tuple[str, ...], tuple[float | None, .
     return found
 
 
-def chosen_paths(trees: Sequence[Tree], *, right: int, wrong: int, seed: int) -> list[Tree]:
+def chosen_paths(trees: Sequence[Tree], *, right: int, wrong: int, seed: int, likely: bool = False) -> list[Tree]:
     """Finished solutions of the trees of one problem as trees of one path each: up to `right` right and `wrong` others.
 
     Node values are those of `value_paths`. A solution that several trees found counts once, as the first has it. Which are kept is
-    drawn with the seed; right ones come first (AlphaMath keeps at most four of each, arXiv:2405.03553 section 4.1).
+    drawn with the seed; right ones come first (AlphaMath keeps at most four of each, arXiv:2405.03553 section 4.1). With `likely`
+    the right ones kept are those that the policy is most likely to write: a search finds improbable ways to a right answer too,
+    and where few answers are possible many of them are wrong steps that made each other good.
     """
     distinct: dict[tuple[str, ...], Tree] = {}
     for tree in trees:
@@ -132,6 +134,8 @@ def chosen_paths(trees: Sequence[Tree], *, right: int, wrong: int, seed: int) ->
             distinct.setdefault(steps_of(tree, path), dataclasses.replace(tree, nodes=tuple(nodes)))
     ordered = sorted(distinct, key=lambda steps: fold_seed(seed, trees[0].problem_id, "path", *steps))
     sides = [[s for s in ordered if (distinct[s].nodes[-1].outcome == "right") is side] for side in (True, False)]
+    if likely:
+        sides[0].sort(key=lambda steps: -sum(node.logprob for node in distinct[steps].nodes))
     return [distinct[steps] for steps in (*sides[0][:right], *sides[1][:wrong])]
 
 
@@ -209,10 +213,10 @@ def step_pairs(
 
 
 def _best_path(tree: Tree, children: Sequence[Sequence[int]], index: int) -> tuple[int, ...]:
-    """`index` and, below it, the best judged child of each node, the first among equals."""
+    """`index` and, below it, the best judged child of each node, the first among equals; where none was judged, the first."""
     path = [index]
     while True:
         judged = [(share, -i) for i in children[path[-1]] if (share := node_share(tree.nodes[i])) is not None]
-        if not judged:
+        if not children[path[-1]]:
             return tuple(path)
-        path.append(-max(judged)[1])
+        path.append(-max(judged)[1] if judged else children[path[-1]][0])

@@ -68,6 +68,7 @@ def make_best_first(config: options_data.BestFirstTrees, out: Path) -> bool:
         candidates=config.candidates,
         completions=config.completions,
         max_depth=config.max_depth,
+        complete=config.complete,
     )
     return _over_problems(config, out, Tree, generate)
 
@@ -122,7 +123,7 @@ def make_value_paths(config: options_data.ValuePaths, out: Path) -> bool:
     paths: list[Tree] = []
     dropped: Counter[str] = Counter()
     for trees in of_problem.values():
-        found = chosen_paths(trees, right=config.right, wrong=config.wrong, seed=config.seed)
+        found = chosen_paths(trees, right=config.right, wrong=config.wrong, seed=config.seed, likely=config.likely)
         every = sum(n.outcome is not None for tree in trees for n in tree.nodes)
         dropped["problems without a finished solution"] += not every
         dropped["duplicates, and solutions beyond the limit a problem"] += every - len(found)

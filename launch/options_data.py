@@ -82,6 +82,7 @@ class BestFirstTrees(WithPolicy):
     candidates: int = option(4, "next steps judged at each level")
     completions: int = option(8, "completions that judge a step")
     max_depth: int = option(40, "most steps of a solution")
+    complete: bool = option(True, "go on with each step that is not expanded along its first completion, not judged")
     unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
 
     def __post_init__(self) -> None:
@@ -138,6 +139,7 @@ class ValuePaths:
     trees: str = option("", "Tree rows")
     right: int = option(4, "right solutions of each problem at most")
     wrong: int = option(4, "other finished solutions of each problem at most")
+    likely: bool = option(False, "keep the right solutions that the policy is most likely to write, not drawn ones")
     seed: int = option(0, "seed of the draw")
 
     def __post_init__(self) -> None:
@@ -165,7 +167,7 @@ class TreePairs:
     trees: str = option("", "Tree rows")
     margin: float = option(0.375, "least difference of the shares of right completions")
     per_problem: int = option(0, "pairs of each tree at most, drawn with the seed; 0 for all")
-    whole_paths: bool = option(False, "go on with each step along its best judged descendants")
+    whole_paths: bool = option(False, "go on with each step along its best judged descendants, or the first")
     extremes: bool = option(False, "only the best and the worst of the siblings make a pair")
     flip: float = option(0.0, "a control: turn the counts of this share of the steps round first")
     seed: int = option(0, "seed of the draw, and of what is turned round")

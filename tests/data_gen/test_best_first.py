@@ -82,3 +82,38 @@ def test_it_ends_at_the_greatest_depth(drive, numbers_cut):
 def test_an_empty_solution_gives_the_root_alone(drive, numbers_cut):
     found = drive(lambda *_: ((), False))(best_first_tree(numbers_cut, candidates=2, completions=4, max_depth=5))
     assert len(found.builder.nodes) == 1
+
+
+def test_steps_that_are_not_expanded_go_on_along_their_first_completion(drive, numbers_cut):
+    """Every judged sibling is part of a whole solution, and nothing that was judged before changes."""
+    from stepladder.data_gen.rows import Source
+    from stepladder.data_gen.tree_rows import step_labels, step_pairs
+    from stepladder.tasks.base import Problem
+
+    several = 0
+    for seed in range(5):
+        weights = random.Random(seed).sample([0.0, 0.5, 1.0], 3)
+        grow = lambda complete, weights=weights: drive(world(weights, length=4))(
+            best_first_tree(numbers_cut, candidates=3, completions=8, max_depth=9, complete=complete)
+        )
+        plain, whole = grow(False), grow(True)
+        counts = lambda found: {
+            steps: (found.builder.nodes[i].n_correct, found.builder.nodes[i].n_rollouts)
+            for steps, i in found.builder.index.items()
+            if found.builder.nodes[i].n_rollouts
+        }
+        assert counts(plain) == counts(whole)
+        tree = whole.builder.tree(Problem("p", "q", "1"), Source("me", "fake", "toy", 0))
+        parents = {n.parent for n in tree.nodes}
+        assert {n.outcome is None for i, n in enumerate(tree.nodes) if i not in parents} == {False}
+        told = lambda found: [
+            (r.steps, r.n_correct, r.n_rollouts)
+            for r in step_labels(found.builder.tree(Problem("p", "q", "1"), Source("me", "fake", "toy", 0)))
+        ]
+        assert sorted(told(plain)) == sorted(told(whole))
+        for pair in step_pairs(tree, margin=0.25, whole_paths=True):
+            assert len(pair.prefix) + len(pair.chosen) == len(pair.prefix) + len(pair.rejected) == 4
+            assert pair.chosen_finished
+            assert pair.rejected_finished
+            several += len(pair.chosen) > 1
+    assert several > 5

@@ -277,6 +277,10 @@ def test_paths_of_trees_are_distinct_limited_and_keep_their_values():
         values, outcome = every[tuple(n.step for n in path.nodes[1:])]
         assert tuple(n.value for n in path.nodes) == pytest.approx(values)
         assert (path.nodes[-1].outcome, path.nodes[-1].value) == (outcome, 1.0 if outcome == "right" else -1.0)
+    logprob = lambda path: sum(n.logprob for n in path.nodes)
+    [most] = chosen_paths(trees, right=1, wrong=0, seed=0, likely=True)
+    assert logprob(most) == max(logprob(p) for p in paths if p.nodes[-1].outcome == "right")
+    assert len({logprob(p) for p in paths if p.nodes[-1].outcome == "right"}) == 2
     outcomes = [p.nodes[-1].outcome == "right" for p in chosen_paths(trees, right=1, wrong=2, seed=3)]
     assert outcomes == [True, False, False]
     assert chosen_paths(trees, right=1, wrong=2, seed=3) == chosen_paths(trees, right=1, wrong=2, seed=3)
