@@ -98,11 +98,12 @@ def export_reward(model: str, target: str, out: str, wanted: Wanted | None = Non
     )
     _TARGETS[target](work)
     difference = None
+    tolerance = 1e-4 if backbone.dtype is torch.float32 else 2e-2
     with write_checkpoint(out) as folder:
         _write(work, folder)
         if wanted.check:
             difference = _difference(reward, str(folder))
-            if difference > (1e-4 if backbone.dtype is torch.float32 else 2e-2):
+            if difference > tolerance:
                 raise work.refuse(f"the written model scores differently (by {difference:.2g}): please report this")
         card = model_card(target, work.step_format, work.tokenizer, work.config, origin=model, difference=difference)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -233,7 +234,8 @@ def _to_rlhflow(work: Work) -> None:
     ).replace("SEPARATOR", json.dumps(step_format.separator, ensure_ascii=False))
     for prompt, steps in PROBES:
         encoded = step_format.encode(tokenizer, prompt, steps)
-        turns = [{"role": "user", "content": step_format.prompt_template.replace("{prompt}", prompt) + " " + steps[0]}]
+        problem = step_format.prompt_template.replace("{prompt}", prompt).removesuffix(" ")  # the turn has a blank here
+        turns = [{"role": "user", "content": f"{problem} {steps[0]}"}]
         for number, end in enumerate(encoded.step_ends):
             turns += [{"role": "user", "content": steps[number]}] if number else []
             turns.append({"role": "assistant", "content": work.wanted.good})
