@@ -1,16 +1,18 @@
-"""Step scores of a reward model in the Qwen2.5-Math-PRM layout: vLLM's, which knows the architecture by name, beside ours.
+"""Step scores of an exported reward model: vLLM's, which knows the Qwen2.5-Math-PRM architecture by name, beside ours.
 
     stepladder export runs/prm --to qwen-prm --out runs/prm_qwen
     python bench/serve_vllm_scores.py runs/prm_qwen --vllm-python vllm-env/bin/python
 
-vLLM usually lives in an environment of its own: `--vllm-python` names its interpreter, which needs nothing of Stepladder. Without
-a MODEL a small random Qwen2 is made and exported. Both are given the same token ids; vLLM finds the step tags by their id.
+vLLM usually lives in an environment of its own: `--vllm-python` names its interpreter, which needs nothing of Stepladder. Without a
+MODEL a small random Qwen2 is made and exported. Both are given the same token ids. In the layout qwen-prm vLLM finds the step
+tags by their id, in trl its scores of all tokens are read at the steps' ends, in seqcls each prefix is a request.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -22,8 +24,9 @@ from typing import Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "model", nargs="?", help="a folder in the layout qwen-prm; left out: a small random one is made"
+        "model", nargs="?", help="a folder that `stepladder export` wrote; left out: a small random one is made"
     )
+    parser.add_argument("--to", default="qwen-prm", help="the layout of that small one: qwen-prm, trl or seqcls")
     parser.add_argument("--vllm-python", default=sys.executable, help="the interpreter that has vllm")
     parser.add_argument("--dtype", default="float32", help="precision of vLLM's weights")
     parser.add_argument("--solutions", type=int, default=64, help="how many solutions are scored")
@@ -39,19 +42,22 @@ def compare(given: argparse.Namespace) -> None:
     from stepladder.models.reward import RewardModel
 
     with tempfile.TemporaryDirectory() as temporary:
-        model = given.model or small_export(Path(temporary))
+        model = given.model or small_export(Path(temporary), given.to)
         reward = RewardModel.load(model, device="cpu")
-        solutions = solutions_of(given.solutions)
+        step_format, solutions = reward.step_format, solutions_of(given.solutions)
         began = time.perf_counter()
         ours = reward.score(solutions)
         seconds = time.perf_counter() - began
-        encoded = [reward.step_format.encode(reward.tokenizer, *one) for one in solutions]
-        tag = reward.step_format.separator_ids[-1]
-        if any([i for i, token in enumerate(one.ids) if token == tag] != list(one.step_ends) for one in encoded):
-            raise SystemExit(f"the tag {reward.step_format.separator!r} also stands elsewhere than behind a step")
+        encoded = [step_format.encode(reward.tokenizer, *one) for one in solutions]
+        tag = step_format.separator_ids[-1]
+        if step_format.head == "mlp_two_class" and any(
+            [i for i, token in enumerate(one.ids) if token == tag] != list(one.step_ends) for one in encoded
+        ):
+            raise SystemExit(f"the tag {step_format.separator!r} also stands elsewhere than behind a step")
         job = Path(temporary) / "job.json"
-        ids = [list(one.ids) for one in encoded]
-        job.write_text(json.dumps({"model": str(model), "dtype": given.dtype, "tag": tag, "ids": ids}))
+        asked = {"model": str(model), "dtype": given.dtype, "head": step_format.head, "tag": tag}
+        ids, ends = [list(one.ids) for one in encoded], [list(one.step_ends) for one in encoded]
+        job.write_text(json.dumps({**asked, "ids": ids, "ends": ends, "offset": step_format.offset}))
         subprocess.run([given.vllm_python, __file__, "--serve", str(job)], check=True)
         answer = json.loads(job.with_suffix(".answer").read_text())
     pairs = list(zip(ours, answer["scores"], strict=True))
@@ -65,29 +71,50 @@ def compare(given: argparse.Namespace) -> None:
 
 
 def serve(job: Path) -> None:
-    """The half that runs where vllm is: scores at every tag, from token ids."""
+    """The half that runs where vllm is: scores of every step, from token ids."""
     import vllm
     from vllm.config import PoolerConfig
 
     asked = json.loads(job.read_text())
+    step_tags = PoolerConfig(step_tag_id=asked["tag"]) if asked["head"] == "mlp_two_class" else None
     began = time.perf_counter()
     engine = vllm.LLM(
-        model=asked["model"], runner="pooling", dtype=asked["dtype"], enforce_eager=True, skip_tokenizer_init=True,
-        pooler_config=PoolerConfig(step_tag_id=asked["tag"]),
+        model=asked["model"], runner="pooling", dtype=asked["dtype"], enforce_eager=True,
+        pooler_config=step_tags,
     )  # fmt: skip
     start = time.perf_counter() - began
     began = time.perf_counter()
-    prompts = [{"prompt_token_ids": ids} for ids in asked["ids"]]
-    found = engine.encode(prompts, pooling_task="token_classify", use_tqdm=False)
+    rows = list(zip(asked["ids"], asked["ends"], strict=True))
+    whole = asked["head"] != "sequence"
+    prompts = [{"prompt_token_ids": ids} for ids, _ in rows]
+    if not whole:
+        prompts = [{"prompt_token_ids": ids[: end + 1]} for ids, ends in rows for end in ends]
+    task = "token_classify" if whole else "classify"
+    found = [one.outputs.data for one in engine.encode(prompts, pooling_task=task, use_tqdm=False)]
     seconds = time.perf_counter() - began
+    if asked["head"] == "mlp_two_class":
+        scores = [[float(pair[1]) for pair in data] for data in found]  # class 1 is the good one
+    elif whole:
+        scores = [[float(data[end][1]) for end in ends] for data, (_, ends) in zip(found, rows, strict=True)]
+    else:
+        each = iter(found)
+        scores = [[sigmoid(logit(float(next(each)[0])) + asked["offset"]) for _ in ends] for _, ends in rows]
     answer = {
-        "scores": [[float(pair[1]) for pair in one.outputs.data] for one in found],  # class 1 is the good one
+        "scores": scores,
         "architecture": engine.llm_engine.model_config.architectures[0],
         "version": vllm.__version__,
         "seconds": seconds,
         "start": start,
     }
     job.with_suffix(".answer").write_text(json.dumps(answer))
+
+
+def logit(p: float) -> float:
+    return math.log(p) - math.log1p(-p)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
 
 
 def solutions_of(count: int) -> list[tuple[str, list[str]]]:
@@ -99,12 +126,12 @@ def solutions_of(count: int) -> list[tuple[str, list[str]]]:
     return made
 
 
-def small_export(folder: Path) -> str:
+def small_export(folder: Path, to: str) -> str:
     """A random Qwen2 of 0.4 million parameters with a two-class head, exported."""
     import torch
     from transformers import Qwen2Config, Qwen2ForTokenClassification, Qwen2Tokenizer
 
-    from stepladder.models.export import export_reward
+    from stepladder.models.export import Wanted, export_reward
     from stepladder.models.reward import RewardModel
     from stepladder.models.step_format import StepFormat
 
@@ -113,8 +140,9 @@ def small_export(folder: Path) -> str:
     )
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, num_labels=2,
+        num_key_value_heads=1, max_position_embeddings=512,
     )  # fmt: skip
+    config.num_labels = 2
     torch.manual_seed(0)
     model = Qwen2ForTokenClassification(config)
     with torch.no_grad():
@@ -122,7 +150,7 @@ def small_export(folder: Path) -> str:
             weight.normal_(1.0 if "norm" in name else 0.0, 0.15)
     layout = StepFormat.for_policy(tokenizer, "\n", prompt_template="{prompt}\n").for_reward("two_class", "soft")
     RewardModel(model, tokenizer, layout).save(folder / "ours")
-    export_reward(str(folder / "ours"), "qwen-prm", str(folder / "theirs"))
+    export_reward(str(folder / "ours"), to, str(folder / "theirs"), Wanted(bias="beside"))
     return str(folder / "theirs")
 
 

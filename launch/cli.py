@@ -240,7 +240,7 @@ def _folder_and_options(rest: list[str], cls: type, command: str, rename: dict[s
     if rest[0].startswith("-"):
         raise UserError(f"{prog} needs the model's folder first: {prog} DIR --out DIR ...")
     values = parse_overrides(rest[1:])
-    options = build(cls, {rename.get(key, key): value for key, value in values.items()}, prog)
+    options: Any = build(cls, {rename.get(key, key): value for key, value in values.items()}, prog)
     if not options.out:
         raise UserError(f"{prog}: --out DIR is missing: the folder that is written")
     return rest[0], options

@@ -240,8 +240,8 @@ def _to_rlhflow(work: Work) -> None:
             turns += [{"role": "user", "content": steps[number]}] if number else []
             turns.append({"role": "assistant", "content": work.wanted.good})
             text = tokenizer.apply_chat_template(turns, tokenize=False)
-            ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if ids != (*encoded.ids[: end + 1], good, tokenizer.eos_token_id):
+            found = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if found != (*encoded.ids[: end + 1], good, tokenizer.eos_token_id):
                 raise work.refuse(why)
     _place_labels(work, good, bad)
 

@@ -86,11 +86,13 @@ def _mlp(path: str, backbone: Any, step_format: StepFormat) -> torch.nn.Module:
 
 
 def _value(path: str, backbone: Any, step_format: StepFormat) -> torch.nn.Module:
-    return linear(*read_tensors(path, VALUE_NAMES))
+    weight, bias = read_tensors(path, VALUE_NAMES)
+    return linear(weight, bias)
 
 
 def _sequence(path: str, backbone: Any, step_format: StepFormat) -> torch.nn.Module:
-    return linear(*read_tensors(path, SEQUENCE_NAMES), None)
+    [weight] = read_tensors(path, SEQUENCE_NAMES)
+    return linear(weight, None)
 
 
 def _label_tokens(path: str, backbone: Any, step_format: StepFormat) -> torch.nn.Module:

@@ -204,7 +204,7 @@ class RewardModel:
                 self.cache.put(ids, row_of(cache, row, columns), score_at)
 
     def _probability(self, logits: torch.Tensor) -> torch.Tensor:
-        good, offset = self.step_format.positive_class, self.step_format.offset
+        good, offset = self.step_format.positive_class or 0, self.step_format.offset
         if self.step_format.classes == 1:
             return (logits.squeeze(-1) + offset).sigmoid()
         if offset:
