@@ -708,3 +708,49 @@ def test_the_commands_and_their_mistakes(source, tmp_path, capsys):
         assert said.startswith(f"usage: stepladder {command} DIR")
         assert word in said
         assert all(name in said for name in CONVENTIONS)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------------------
+
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
+
+
+@pytest.mark.parametrize("target", list(CONVENTIONS))
+def test_the_programs_of_the_page_read_an_export(source, tmp_path, target):
+    model = source("Llama", "two_class", 0)
+    export_reward(model, target, str(tmp_path), Wanted(bias="beside"))
+    text = PAGE.read_text()
+    [ids] = re.findall(r"## Reading an export by hand\n.*?```python\n(.*?)```", text, re.DOTALL)
+    [read] = re.findall(rf"### {target}\n\n```python\n(.*?)```", text, re.DOTALL)
+    said: dict[str, Any] = {}
+    exec(ids.replace("runs/prm_out", str(tmp_path)) + read, said)
+    assert close([said["scores"].tolist()], ours(model, [(said["problem"], said["steps"])]))
+
+
+def test_the_page_names_every_option():
+    from stepladder.launch.options_formats import FORMATS, Export, Import
+
+    assert tuple(CONVENTIONS) == FORMATS
+    page = PAGE.read_text()
+    for options, heading in ((Export, "## Export"), (Import, "## Import")):
+        part = page.split(f"{heading}\n")[1].split("\n## ")[0]
+        for field in dataclasses.fields(options):
+            assert f"`{field.name}`" in part
+    for name in FORMATS:
+        assert f"| `{name}` |" in page
+
+
+def test_the_command_lines_of_the_page_are_understood(tmp_path):
+    """OpenR's tag, words and tail as the page writes them for a shell."""
+    import shlex
+
+    from stepladder.config import build, parse_overrides
+    from stepladder.launch.options_formats import Import
+
+    [block] = re.findall(r"```bash\n# OpenR.*?```", PAGE.read_text(), re.DOTALL)
+    words = shlex.split(block.replace("\\\n", " "), comments=True)[1:]
+    words = words[: words.index("stepladder", 1)]
+    values = parse_overrides(words[3:])
+    values["format"] = values.pop("from")
+    options = build(Import, values, "page")
+    assert (options.separator, options.tail, options.good, options.bad) == (" " + "\n" * 5, "", " +", " -")
