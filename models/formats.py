@@ -36,13 +36,13 @@ class Convention:
 CONVENTIONS: dict[str, Convention] = {
     # arXiv:2501.07301: labels are of the consensus of Monte-Carlo estimates and a judge; trained and read at each <extra_0>.
     "qwen-prm": Convention(
-        "Qwen2.5-Math-PRM: two-layer head at each <extra_0> of a chat answer",
+        "Qwen2.5-Math-PRM: two-layer head, one tag behind every step",
         "mlp_two_class", "<extra_0>", 1, "hard", "prod",
         chat=True, system="Please reason step by step, and put your final answer within \\boxed{}.",
     ),
     # arXiv:2312.08935, as its authors' model card reads it.
     "math-shepherd": Convention(
-        "Math-Shepherd: a language model's + and - at each tag",
+        "Math-Shepherd: a language model's + and - at the tag behind every step",
         "label_tokens", " ки", 0, "hard", "min",
         prompt_template="{prompt} ", arrangement="text", tail="\n",
     ),
@@ -52,11 +52,11 @@ CONVENTIONS: dict[str, Convention] = {
         prompt_template="{prompt} ", chat=True, arrangement="turns",
     ),
     "trl": Convention(
-        "TRL token classification: two labels (or one) at the end of each separator",
+        "TRL token classification: two labels, or one, at the end of each separator",
         "two_class", "\n", 1, "hard", "last", prompt_template="{bos}{prompt}",
     ),
     "skywork": Convention(
-        "Skywork-o1-Open-PRM: v_head.summary at each newline",
+        "Skywork-o1-Open-PRM: a language model with v_head.summary, one number behind every step",
         "value_head", "\n", None, "hard", "mean", prompt_template="{bos}{prompt}\n",
     ),
     "seqcls": Convention(

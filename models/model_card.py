@@ -98,65 +98,67 @@ problem, steps = "Start 3 ; + 5", ["3 + 5 = 8", "Answer: 8"]
 
 
 def _ids(step_format: StepFormat) -> str:
-    """The part of the program that makes `ids` and `ends`, the positions at which scores are read."""
+    """The part of the program that makes `ids` and `ends`, or one of `samples` for each step."""
+    prompt = _prompt(step_format)
     if step_format.arrangement == "turns":
-        return f"""turns, samples = {_system(step_format)}, []
+        return f"""turns, samples = {_conversation(step_format)}, []
 for number, step in enumerate(steps):
-    first = {step_format.prompt_template!r}.replace("{{prompt}}", problem) + step
-    turns.append({{"role": "user", "content": step if number else first}})
+    turns.append({{"role": "user", "content": step if number else {prompt} + step}})
     # What the model reads before it answers; in the conversation each step is answered with {step_format.answer!r}.
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     samples.append(tokenizer(text, add_special_tokens=False)["input_ids"])
     turns.append({{"role": "assistant", "content": {step_format.answer!r}}})
 """
     if step_format.arrangement == "answer":
-        prompt = f'{step_format.prompt_template!r}.replace("{{prompt}}", problem)'
         answer = f"{step_format.separator!r}.join(steps[:t])"
+        make = f'    samples.append(tokenizer({prompt} + {answer})["input_ids"])\n'
         if step_format.chat:
-            make = f"""    turns = {_system(step_format)} + [
-        {{"role": "user", "content": {prompt}}}, {{"role": "assistant", "content": {answer}}}
-    ]
+            make = f"""    turns = {_conversation(step_format, ("user", prompt), ("assistant", answer))}
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     samples.append(tokenizer(text, add_special_tokens=False)["input_ids"])
 """
-        else:
-            make = f'    samples.append(tokenizer({prompt} + {answer})["input_ids"])\n'
         return "samples = []\nfor t in range(1, len(steps) + 1):\n" + make
-    prompt = f'prompt = {step_format.prompt_template!r}.replace("{{prompt}}", problem)\n'
+    begin, special = f"text = {prompt}\n", ""
     if step_format.chat:
-        prompt += (
-            f"turns = {_system(step_format)} + [{{'role': 'user', 'content': prompt}}]\n"
-            "prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)\n"
-        )
-    special = "False" if step_format.chat else "True"
+        turns, special = _conversation(step_format, ("user", prompt)), ", add_special_tokens=False"
+        begin = f"turns = {turns}\ntext = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)\n"
     if step_format.arrangement == "text":
-        return (
-            prompt
-            + f"""text, marks = prompt, []
+        return f"""{begin}marks = []
 for step in steps:
     text += step + {step_format.separator!r}
     marks.append(len(text) - 1)
     text += {step_format.tail!r}
-found = tokenizer(text, add_special_tokens={special}, return_offsets_mapping=True)
+found = tokenizer(text{special}, return_offsets_mapping=True)
 ids = found["input_ids"]
 # The positions come from the text: the tag may stand in the problem too.
 ends = [max(i for i, (a, b) in enumerate(found["offset_mapping"]) if a <= mark < b) for mark in marks]
 """
-        )
-    return (
-        prompt
-        + f"""ids, ends = tokenizer(prompt, add_special_tokens={special})["input_ids"], []
-if ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-    ids.pop()  # a tokenizer that closes every text
-for step in steps:  # ids are appended: joined texts may be cut into other tokens
+    closing = "" if step_format.chat else _CLOSING
+    return f"""{begin}ids, ends = tokenizer(text{special})["input_ids"], []
+{closing}for step in steps:  # ids are appended: joined texts may be cut into other tokens
     ids += tokenizer(step, add_special_tokens=False)["input_ids"] + {list(step_format.separator_ids)}
     ends.append(len(ids) - 1)
 """
-    )
 
 
-def _system(step_format: StepFormat) -> str:
-    return repr([{"role": "system", "content": step_format.system}] if step_format.system is not None else [])
+_CLOSING = """if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+    ids.pop()  # a tokenizer that closes every text
+"""
+
+
+def _prompt(step_format: StepFormat) -> str:
+    """The problem with the text around it, as an expression."""
+    if step_format.prompt_template == "{prompt}":
+        return "problem"
+    return f'{step_format.prompt_template!r}.replace("{{prompt}}", problem)'
+
+
+def _conversation(step_format: StepFormat, *turns: tuple[str, str]) -> str:
+    """A list of messages, as an expression; each turn is a role and an expression."""
+    spoken = [f'{{"role": {json.dumps(role)}, "content": {content}}}' for role, content in turns]
+    if step_format.system is not None:
+        spoken.insert(0, f'{{"role": "system", "content": {step_format.system!r}}}')
+    return "[" + ", ".join(spoken) + "]"
 
 
 def _read(step_format: StepFormat, config: Any) -> str:
@@ -176,7 +178,9 @@ model = AutoModel.from_pretrained(folder, dtype="float32").eval()
 head = {{}}
 for file in Path(folder).glob("*.safetensors"):
     with safe_open(file, "pt") as opened:
-        head |= {{name: opened.get_tensor(name).float() for name in opened.keys() if name in {names!r}}}
+        for name in {list(names)}:
+            if name in opened.keys():
+                head[name] = opened.get_tensor(name).float()
 with torch.no_grad():
     hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0, ends]
 """
@@ -241,6 +245,8 @@ from vllm import LLM
 from vllm.config import PoolerConfig
 
 llm = LLM(".", runner="pooling", pooler_config=PoolerConfig(step_tag_id={step_format.separator_ids[0]}))
+[found] = llm.encode([{{"prompt_token_ids": ids}}], pooling_task="token_classify")  # ids as above
+scores = found.outputs.data[:, {step_format.positive_class}].tolist()
 ```
 
 `bench/serve_vllm_scores.py` of Stepladder does so and compares the scores."""

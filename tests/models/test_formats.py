@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -603,6 +604,22 @@ def test_a_card_of_an_imported_model_reads_it(tmp_path, monkeypatch):
         said: dict[str, Any] = {}
         exec(program, said)
         assert close([said["scores"]], ours(folder / "here", [(said["problem"], said["steps"])]))
+
+
+def test_weights_in_several_files_are_read_and_copied(tmp_path):
+    for name in ("qwen-prm", "math-shepherd"):
+        folder = tmp_path / name
+        folder.mkdir()
+        theirs(name, folder)
+        want = ours(folder, WORDS, format=name)
+        state = weights_of(folder)
+        (folder / "model.safetensors").unlink()
+        save_torch_state_dict(state, folder, max_shard_size="30KB", metadata={"format": "pt"})
+        assert len(list(folder.glob("model-0*.safetensors"))) > 2
+        import_reward(str(folder), name, str(folder / "here"))
+        assert close(ours(folder / "here", WORDS), want)
+        export_reward(str(folder / "here"), name, str(folder / "again"))
+        assert close(ours(folder / "again", WORDS), want)
 
 
 def test_what_a_user_says_wins_over_the_convention(tmp_path):
