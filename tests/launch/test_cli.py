@@ -42,7 +42,7 @@ assert not heavy, heavy
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], [], ["--version"], ["data"], ["train", "--help"], ["data", "solutions", "--help"], ["search", "beam", "-h"],
-     ["quickstart", "--help"], ["run", "--help"]],
+     ["quickstart", "--help"], ["run", "--help"], ["export", "--help"], ["import-reward", "-h"]],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     began = time.monotonic()
