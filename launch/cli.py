@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..basics import UserError
@@ -21,6 +22,11 @@ COMMANDS = (
     *((f"{group} STAGE --config FILE [--key value ...]", group) for group in GROUPS),
     ("claims run NAME [--out DIR] [--results DIR]", "puts a paper's claim to the test: all its seeds, one result file"),
     ("claims table [--results DIR] [--out FILE]", "the page of all claims from their result files; claims list: names"),
+    (
+        "export MODEL --to FORMAT --out DIR [--key value]",
+        "a reward model in the layout of another project: qwen-prm, math-shepherd, rlhflow, trl, skywork, seqcls",
+    ),
+    ("import-reward DIR --from FORMAT --out DIR", "another project's reward model, with its step format"),
     ("import-gguf FILE --out DIR [--dtype bfloat16]", "a plain Hugging Face checkpoint from a GGUF file"),
 )
 _COLUMN = 55
@@ -98,12 +104,18 @@ def _dispatch(arguments: list[str]) -> None:
         _quickstart(rest)
     elif command == "claims":
         _claims(rest)
+    elif command == "export":
+        _export(rest)
+    elif command == "import-reward":
+        _import_reward(rest)
     elif command == "import-gguf":
         _import_gguf(rest)
     else:
         from ..config import unknown_key
 
-        raise unknown_key(command, [*GROUPS, "run", "quickstart", "claims", "import-gguf"], "command")
+        raise unknown_key(
+            command, [*GROUPS, "run", "quickstart", "claims", "export", "import-reward", "import-gguf"], "command"
+        )
 
 
 def _stage(group: str, rest: list[str]) -> None:
@@ -231,6 +243,52 @@ def _whole(text: str, name: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"{name} must be a whole number, found {text!r}") from None
+
+
+def _folder_and_options(rest: list[str], cls: type, command: str, rename: dict[str, str]) -> tuple[str, Any] | None:
+    """(the folder named first, the options behind it), or None after printing the help."""
+    from ..config import build, describe, parse_overrides
+
+    prog = f"stepladder {command}"
+    if not rest or {"-h", "--help"} & set(rest):
+        print(describe(cls, prog).replace("--config FILE", "DIR"))
+        return None
+    if rest[0].startswith("-"):
+        raise UserError(f"{prog} needs the model's folder first: {prog} DIR --out DIR ...")
+    values = parse_overrides(rest[1:])
+    options: Any = build(cls, {rename.get(key, key): value for key, value in values.items()}, prog)
+    if not options.out:
+        raise UserError(f"{prog}: --out DIR is missing: the folder that is written")
+    return rest[0], options
+
+
+def _export(rest: list[str]) -> None:
+    from .options_formats import Export
+
+    given = _folder_and_options(rest, Export, "export", {})
+    if given is None:
+        return
+    model, options = given
+    from ..models.export import Wanted, export_reward
+
+    wanted = Wanted(tag=options.tag, good=options.good, bad=options.bad, bias=options.bias, check=options.check)
+    difference = export_reward(model, options.to, options.out, wanted)
+    checked = f"; its scores differ by at most {difference:.1e}" if difference is not None else ", not checked"
+    print(f"{options.out}: {model} as {options.to}{checked}")
+
+
+def _import_reward(rest: list[str]) -> None:
+    from .options_formats import Import
+
+    given = _folder_and_options(rest, Import, "import-reward", {"from": "format"})
+    if given is None:
+        return
+    model, options = given
+    from ..models.formats import Given, import_reward
+
+    said = {field.name: getattr(options, field.name) for field in dataclasses.fields(Given)}
+    found = import_reward(model, options.format, options.out, Given(**said))
+    print(f"{options.out}: {found.head} head, {found.label_kind} labels, advised aggregation {found.aggregation}")
 
 
 def _import_gguf(rest: list[str]) -> None:

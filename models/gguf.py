@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, make_folder, told_as_user_error
+from .loading import write_checkpoint
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -35,7 +34,9 @@ def import_gguf(file: str, out: str, dtype: str = "bfloat16") -> None:
         raise UserError("reading GGUF files needs the gguf package: pip install 'stepladder[gguf]'")
     make_folder(out)  # before minutes of work
     model, tokenizer = _read(path, dtype)
-    _save(model, tokenizer, Path(out))
+    with write_checkpoint(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def _read(path: Path, dtype: str) -> tuple[Any, Any]:
@@ -100,23 +101,3 @@ def _plain_config(config: Any, tokenizer: Any) -> Any:
 def _tied(model: Any) -> list[str]:
     """Names of the weights that are copies of others, and not in the file."""
     return ["lm_head.weight"] if model.config.tie_word_embeddings else []
-
-
-def _save(model: Any, tokenizer: Any, out: Path) -> None:
-    """Writes the checkpoint. config.json comes last: a folder left by a kill is never taken for a whole checkpoint."""
-    from safetensors import SafetensorError
-
-    unfinished = out / ".unfinished"
-    with told_as_user_error(f"write the checkpoint to {out}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        (out / "config.json").unlink(missing_ok=True)
-        try:
-            model.save_pretrained(unfinished)
-            tokenizer.save_pretrained(unfinished)
-        except SafetensorError as error:  # how a full disk shows itself
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise UserError(f"cannot write the checkpoint to {out}: {error}") from error
-        for part in sorted(unfinished.iterdir(), key=lambda p: p.name == "config.json"):
-            part.chmod(0o644)
-            os.replace(part, out / part.name)
-        unfinished.rmdir()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..basics import UserError
+from ..basics import UserError, make_folder, told_as_user_error
 from .engine import Engine
 from .step_format import StepFormat
 
@@ -124,6 +127,32 @@ def hub_folder(name: str) -> Path:
             f"{name}: neither a folder nor a model of the hub could be read ({_first_line(error)})"
         ) from error
     return Path(found)
+
+
+@contextlib.contextmanager
+def write_checkpoint(out: str | Path) -> Iterator[Path]:
+    """An empty folder to write a checkpoint to; what it holds at the end goes to `out`, over what was there.
+
+    config.json comes last: a folder left by a kill is never taken for a whole checkpoint. Weights of an older checkpoint go.
+    """
+    from safetensors import SafetensorError
+
+    out = make_folder(out)
+    unfinished = out / ".unfinished"
+    with told_as_user_error(f"write the checkpoint to {out}"):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            for old in (out / "config.json", out / "model.safetensors.index.json", *out.glob("*.safetensors")):
+                old.unlink(missing_ok=True)
+            for part in sorted(unfinished.iterdir(), key=lambda p: p.name == "config.json"):
+                part.chmod(0o644)
+                os.replace(part, out / part.name)
+        except SafetensorError as error:  # how a full disk shows itself
+            raise UserError(f"cannot write the checkpoint to {out}: {error}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_folder(path: str) -> None:

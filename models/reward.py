@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from ..basics import UserError
+from .heads import HeadedModel, load_scoring_model
 from .ledger import Ledger
-from .loading import load_model, load_tokenizer, pick_device
+from .loading import load_tokenizer, pick_device
 from .prefix_cache import PrefixCache, cache_keyword, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
 from .step_format import Encoded, StepFormat
 
@@ -31,11 +32,28 @@ def aggregate(scores: Sequence[float], how: str) -> float:
     raise ValueError(f"aggregation must be last, min, prod or mean, found {how!r}")
 
 
+class StepScorer(Protocol):
+    """Whatever gives scores in (0, 1) to the steps of solutions: a reward model here, a served one, a language model as critic."""
+
+    name: str
+    step_format: StepFormat  # what the scores mean (label_kind) and how they become one number (aggregation)
+    ledger: Ledger
+
+    def score(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """Step scores [B][T_b] of (prompt, steps) pairs, in the order asked."""
+        ...
+
+    def score_with_root(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
+        """As `score`, with the score of the empty prefix in front: [B][1 + T_b]."""
+        ...
+
+
 class RewardModel:
     """Scores in (0, 1) at the end of each step: outcome, process and value models alike.
 
-    `model` is a token-classification model with one label (sigmoid) or two (softmax, step_format.positive_class). With `cache`,
-    keys and values of what was scored are kept, and a solution that grew by a step encodes only that step.
+    `model` gives logits at every position, [B, S, 1] (read by a sigmoid) or [B, S, 2] (read by a softmax, at
+    step_format.positive_class): a token-classification model, or a `HeadedModel` for the layouts of others. With `cache`, keys
+    and values of what was scored are kept, and a solution that grew by a step encodes only that step.
     """
 
     def __init__(
@@ -50,30 +68,45 @@ class RewardModel:
         ledger: Ledger | None = None,
     ) -> None:
         if step_format.head == "none":
-            raise UserError(f"{name}: its step format says head: none, so it is a policy and not a reward model")
-        labels = 2 if step_format.head == "two_class" else 1
-        if model.config.num_labels != labels:
-            raise UserError(
-                f"{name}: the step format has a {step_format.head} head, the model has {model.config.num_labels} labels"
-            )
+            raise _is_a_policy(name)
+        labels = model.classes if isinstance(model, HeadedModel) else model.config.num_labels
+        if labels != step_format.classes:
+            raise UserError(f"{name}: the step format has a {step_format.head} head, the model has {labels} labels")
         self.model, self.tokenizer, self.step_format, self.name = model.train(False), tokenizer, step_format, name
         self.batch_tokens = batch_tokens
         self.cache = cache if cache is not None and supports_prefix_cache(model) else None
         self.ledger = ledger or Ledger()
         self.parameters = sum(p.numel() for p in model.parameters())
-        self._cache_keyword = cache_keyword(model)
+        self._cache_keyword = cache_keyword(getattr(model, "backbone", model))
         self.context = int(getattr(model.config, "max_position_embeddings", 0) or 2**31)
         self.cut_steps = 0  # steps that did not fit into the context and have no score of their own
 
     @classmethod
     def load(
-        cls, path: str, *, dtype: str = "float32", device: str = "auto", keep_prefixes: bool = False
+        cls,
+        path: str,
+        *,
+        dtype: str = "float32",
+        device: str = "auto",
+        keep_prefixes: bool = False,
+        format: str | StepFormat = "",
     ) -> RewardModel:
-        """The reward model in a checkpoint folder (or hub id) that has a step_format.json."""
-        from transformers import AutoModelForTokenClassification
+        """The reward model in a checkpoint folder (or hub id) that has a step_format.json.
 
-        step_format = StepFormat.load(path)
-        model = load_model(AutoModelForTokenClassification, path, dtype=dtype).to(pick_device(device))
+        A model of others has none: `format` names its layout (`qwen-prm`, `math-shepherd` ..., see docs/formats.md) or is a step
+        format, as `foreign_format` makes one.
+        """
+        if isinstance(format, StepFormat):
+            step_format = format
+        elif format:
+            from .formats import foreign_format
+
+            step_format = foreign_format(path, format)
+        else:
+            step_format = StepFormat.load(path)
+        if step_format.head == "none":
+            raise _is_a_policy(path)
+        model = load_scoring_model(path, step_format, dtype=dtype).to(pick_device(device))
         cache = PrefixCache() if keep_prefixes else None
         return cls(model, load_tokenizer(path), step_format, name=path, cache=cache)
 
@@ -83,24 +116,30 @@ class RewardModel:
         Steps beyond the model's context get the score of the last step that fits (0 if none does) and are counted in
         `cut_steps`: a solution that is too long is judged by what could be read.
         """
-        return [scores[1:] for scores in self.score_with_root(solutions)]
+        return [scores[len(scores) - len(steps) :] for scores, (_, steps) in self._each(solutions, root=False)]
 
     def score_with_root(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """As `score`, with the score of the empty prefix in front: [B][1 + T_b]."""
-        prompts = {prompt: self.step_format.encode_prompt(self.tokenizer, prompt) for prompt, _ in solutions}
-        encoded = [self.step_format.encode_after(self.tokenizer, prompts[p], steps) for p, steps in solutions]
-        return self.score_encoded(encoded)
+        return [scores for scores, _ in self._each(solutions, root=True)]
+
+    def _each(
+        self, solutions: Sequence[tuple[str, Sequence[str]]], root: bool
+    ) -> list[tuple[list[float], tuple[str, Sequence[str]]]]:
+        encoded = self.step_format.encode_all(self.tokenizer, solutions, root=root)
+        read = iter(self.score_encoded([one for parts in encoded for one in parts]))
+        scores = [[score for _ in parts for score in next(read)] for parts in encoded]
+        return list(zip(scores, solutions, strict=True))
 
     @torch.inference_mode()
     def score_encoded(self, solutions: Sequence[Encoded]) -> list[list[float]]:
-        """Scores [B][1 + T_b] at the root and at each step's end, from token ids. Equal solutions are computed once."""
+        """Scores at `read_at` of each, from token ids: the root's first where it is there. Equal solutions are computed once."""
         results: list[list[float]] = [[] for _ in solutions]
         jobs = []
         first_of: dict[Encoded, int] = {}
         for index, one in enumerate(solutions):
             if first_of.setdefault(one, index) != index:
                 continue
-            ends = [one.root, *one.step_ends]
+            ends = one.read_at
             fitting = [e for e in ends if e < self.context]
             self.cut_steps += sum(e >= self.context for e in one.step_ends)
             if not fitting:
@@ -165,15 +204,24 @@ class RewardModel:
                 self.cache.put(ids, row_of(cache, row, columns), score_at)
 
     def _probability(self, logits: torch.Tensor) -> torch.Tensor:
+        good, offset = self.step_format.positive_class or 0, self.step_format.offset
         if self.step_format.label_kind == "ranking":
             # Only the order counts, and nothing holds these logits near 0: in single precision high ones would tie at 1.
-            return logits.squeeze(-1).double().sigmoid()
-        if self.step_format.head == "scalar":
-            return logits.squeeze(-1).sigmoid()
-        return logits.softmax(-1)[..., self.step_format.positive_class]
+            logits = logits.double()
+        if self.step_format.classes == 1:
+            return (logits.squeeze(-1) + offset).sigmoid()
+        if offset:
+            return (logits[..., good] - logits[..., 1 - good] + offset).sigmoid()
+        return logits.softmax(-1)[..., good]
 
     def save(self, folder: str | Path) -> None:
         """Writes the model, the tokenizer and the step format to `folder`."""
+        if isinstance(self.model, HeadedModel):
+            raise UserError(f"{self.name}: a model in the layout of another project is written by `stepladder export`")
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.step_format.save(folder)
+
+
+def _is_a_policy(name: str) -> UserError:
+    return UserError(f"{name}: its step format says head: none, so it is a policy and not a reward model")

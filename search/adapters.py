@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..basics import fold_seed
 from ..models.engine import Engine, Request, Sample, Sampling, StopReason
-from ..models.reward import RewardModel, aggregate
+from ..models.reward import StepScorer, aggregate
 from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
 from ..tasks.base import Problem
@@ -107,7 +107,7 @@ class StepPolicy:
 class RewardScorer:
     """Scores states by a reward model: step scores aggregated as its step format advises, or as told."""
 
-    def __init__(self, reward: RewardModel, aggregation: str = "") -> None:
+    def __init__(self, reward: StepScorer, aggregation: str = "") -> None:
         self.reward, self.aggregation = reward, aggregation or reward.step_format.aggregation
 
     def __call__(self, states: Sequence[State]) -> list[float]:

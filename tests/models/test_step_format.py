@@ -110,7 +110,7 @@ def test_saved_and_loaded_formats_are_equal(tmp_path, lines):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head": "three_class"}, "head must be one of none, two_class, scalar, found 'three_class'"),
+        ({"head": "three_class"}, "head must be one of none, two_class, scalar, .*found 'three_class'"),
         ({"head": "two_class", "positive_class": None}, "needs positive_class 0 or 1"),
         ({"head": "two_class", "positive_class": 2}, "needs positive_class 0 or 1, found 2"),
         ({"label_kind": "warm"}, "label_kind must be one of"),
@@ -121,6 +121,14 @@ def test_saved_and_loaded_formats_are_equal(tmp_path, lines):
         ({"separator_ids": [1.5]}, "separator_ids must be token ids"),
         ({"prompt_template": "no place"}, "prompt_template must contain {prompt}"),
         ({"prompt_template": 3}, "prompt_template"),
+        ({"arrangement": "rows"}, "arrangement must be one of steps, text, turns, answer, found 'rows'"),
+        ({"head": "label_tokens", "positive_class": 0}, "a label_tokens head needs two label_ids"),
+        ({"head": "label_tokens", "positive_class": 0, "label_ids": [3, 3]}, "needs two label_ids"),
+        ({"head": "mlp_two_class"}, "needs positive_class 0 or 1, found None"),
+        ({"label_ids": "+-"}, "label_ids must be token ids"),
+        ({"tail": "\n"}, "tail belongs to the arrangement text"),
+        ({"arrangement": "turns", "separator_ids": []}, "needs an answer"),
+        ({"answer": "+"}, "needs an answer, found"),
         ({"sep": "\n"}, "not a step format"),
     ],
 )
@@ -130,6 +138,74 @@ def test_a_broken_file_is_one_sentence(tmp_path, lines, change, message):
     with pytest.raises(UserError, match=message) as raised:
         StepFormat.load(tmp_path)
     assert str(tmp_path / "step_format.json") in str(raised.value)
+
+
+def test_files_of_our_own_models_hold_what_older_versions_know(tmp_path, lines):
+    lines.for_reward("two_class", "soft").save(tmp_path)
+    record = json.loads((tmp_path / "step_format.json").read_text())
+    assert list(record) == [
+        "separator", "separator_ids", "prompt_template", "chat", "system", "head", "positive_class", "label_kind",
+        "aggregation", "version",
+    ]  # fmt: skip
+    foreign = dataclasses.replace(
+        lines, arrangement="text", tail="\n", head="label_tokens", positive_class=0, label_ids=(7, 9), offset=-0.25
+    )
+    foreign.save(tmp_path)
+    assert StepFormat.load(tmp_path) == foreign
+    assert set(json.loads((tmp_path / "step_format.json").read_text())) - set(record) == {
+        "arrangement", "tail", "label_ids", "offset",
+    }  # fmt: skip
+    trained = foreign.for_reward("scalar", "soft")  # a head of our own on that layout
+    assert (trained.label_ids, trained.offset, trained.arrangement, trained.classes) == ((), 0.0, "text", 1)
+    assert foreign.classes == 2
+    assert foreign.layout() != lines.layout()
+
+
+def test_a_text_is_tokenised_whole_and_its_tags_are_found_by_their_place(merging_tokenizer):
+    [newline] = merging_tokenizer("\n")["input_ids"]
+    whole = StepFormat("\n", (newline,), prompt_template="{prompt} ", arrangement="text", tail="then ")
+    encoded = whole.encode(merging_tokenizer, "a\nb", ["So it is 3", "x"])
+    text = "a\nb So it is 3\nthen x\nthen "
+    assert encoded.ids == tuple(merging_tokenizer(text)["input_ids"])
+    assert merging_tokenizer.decode(encoded.ids[: encoded.prompt_length]) == "a\nb "
+    said = [merging_tokenizer.decode(encoded.ids[: end + 1]) for end in encoded.step_ends]
+    assert said == ["a\nb So it is 3\n", "a\nb So it is 3\nthen x\n"]  # not the newline of the problem
+    with pytest.raises(UserError, match="merges the step tag"):
+        whole.encode(merging_tokenizer, "a", ["2 + 2 = 4"])  # "4\n" is one token
+
+
+def test_turns_are_read_at_the_token_that_predicts_the_answer(merging_tokenizer):
+    turns = StepFormat("", (), prompt_template="{prompt} ", chat=True, system="s", arrangement="turns", answer="+")
+    merging_tokenizer.chat_template = TEMPLATE
+    try:
+        encoded = turns.encode(merging_tokenizer, "Q", ["one", "two"])
+        whole = "[system] s\n[user] Q one\n[assistant] +\n[user] two\n[assistant] +\n"
+        assert encoded.ids == tuple(merging_tokenizer(whole)["input_ids"])
+        said = [merging_tokenizer.decode(encoded.ids[: end + 1]) for end in encoded.step_ends]
+        assert said == [whole.split("+")[0], "+".join(whole.split("+")[:2])]
+        assert merging_tokenizer.decode(encoded.ids[: encoded.prompt_length]).endswith("[user] Q ")
+        assert encoded.read_at == encoded.step_ends
+        [root, steps] = turns.encode_all(merging_tokenizer, [("Q", ["one", "two"])], root=True)[0]
+        assert merging_tokenizer.decode(root.ids) == "[system] s\n[user] Q\n[assistant] "
+        assert root.read_at == (len(root.ids) - 1,)
+        assert steps == encoded
+        assert turns.encode_all(merging_tokenizer, [("Q", ["one", "two"])], root=False) == [[encoded]]
+        # A template that writes earlier turns otherwise than the last one has no fixed ids.
+        merging_tokenizer.chat_template = TEMPLATE.replace("{{ m['content'] }}", "{{ loop.length }}{{ m['content'] }}")
+        with pytest.raises(UserError, match="changes turns that were written before"):
+            turns.encode(merging_tokenizer, "Q", ["one", "two"])
+    finally:
+        merging_tokenizer.chat_template = None
+
+
+def test_an_answer_is_read_whole_once_for_each_prefix(merging_tokenizer):
+    answer = StepFormat("\n", (), arrangement="answer", prompt_template="{prompt}: ")
+    for root, texts in ((False, ["Q: a", "Q: a\nb"]), (True, ["Q: ", "Q: a", "Q: a\nb"])):
+        [parts] = answer.encode_all(merging_tokenizer, [("Q", ["a", "b"])], root=root)
+        assert [merging_tokenizer.decode(one.ids) for one in parts] == texts
+        assert [one.read_at for one in parts] == [(len(one.ids) - 1,) for one in parts]
+    with pytest.raises(UserError, match="it has no positions of single steps"):
+        answer.encode(merging_tokenizer, "Q", ["a"])
 
 
 def test_a_missing_or_foreign_file_is_one_sentence(tmp_path):
