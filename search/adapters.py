@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -58,8 +59,20 @@ class StepPolicy:
         return children
 
     def finish(self, states: Sequence[State], seeds: Sequence[int]) -> list[State]:
-        """Each state sampled on to its end, [B]."""
-        return [found[0] for found in self._sample(states, [(s,) for s in seeds], ())]
+        """Each state sampled on to its end, [B]. A state that is asked for several times is encoded once."""
+        where: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        for index, state in enumerate(states):
+            where.setdefault((state.key, state.ids), []).append(index)
+        grouped = list(where.values())
+        found = self._sample([states[i[0]] for i in grouped], [[seeds[i] for i in group] for group in grouped], ())
+        ends = dict(pair for group, row in zip(grouped, found, strict=True) for pair in zip(group, row, strict=True))
+        return [ends[index] for index in range(len(states))]
+
+    def expand_greedily(self, states: Sequence[State]) -> list[State]:
+        """Each state [B] one step longer or done, by its most probable tokens."""
+        greedy = copy.copy(self)
+        greedy.sampling = dataclasses.replace(self.sampling, temperature=0.0)
+        return [row[0] for row in greedy.expand(states, [(0,)] * len(states))]
 
     def _sample(
         self, states: Sequence[State], seeds: Sequence[Sequence[int]], stop: tuple[str, ...]
@@ -104,6 +117,51 @@ class StepPolicy:
         )
 
 
+class RevisionPolicy(StepPolicy):
+    """A step policy that is shown the earlier attempts of a chain, for a model that was trained to revise them.
+
+    The problem's text becomes `template` with ``{prompt}`` and ``{attempts}`` filled in, where each attempt is `attempt_template` with
+    its number and text, the oldest first. Attempts that do not fit into the context with room for a whole solution are left out, the
+    oldest first. Scorers still see the problem itself.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        step_format: StepFormat,
+        separator: str,
+        sampling: Sampling,
+        *,
+        template: str = "{prompt}\n\nEarlier attempts, which may be wrong:\n\n{attempts}",
+        attempt_template: str = "Attempt {number}:\n{attempt}\n\n",
+    ) -> None:
+        super().__init__(engine, step_format, separator, sampling)
+        if "{prompt}" not in template or "{attempts}" not in template or "{attempt}" not in attempt_template:
+            raise ValueError("a revision template needs {prompt} and {attempts}, an attempt template {attempt}")
+        self.template, self.attempt_template = template, attempt_template
+        self.left_out = 0  # attempts that did not fit
+
+    def again(self, root: State, earlier: Sequence[State]) -> State:
+        """The state before the first step of another attempt at `root`, after the finished attempts `earlier`."""
+        room = int(getattr(self.engine, "context", 2**31)) - self.sampling.max_new_tokens
+        for first in range(len(earlier) + 1):
+            shown = [
+                self.attempt_template.replace("{number}", str(number)).replace(
+                    "{attempt}", self.separator.join(state.steps)
+                )
+                for number, state in enumerate(earlier[first:], 1)
+            ]
+            if not shown:
+                break
+            text = self.template.replace("{attempts}", "".join(shown)).replace("{prompt}", root.prompt)
+            ids = self.step_format.encode_prompt(self.engine.tokenizer, text)
+            if len(ids) <= room:
+                self.left_out += first
+                return State(root.key, root.prompt, ids, len(ids))
+        self.left_out += len(earlier)
+        return root
+
+
 class RewardScorer:
     """Scores states by a reward model: step scores aggregated as its step format advises, or as told."""
 
@@ -113,3 +171,32 @@ class RewardScorer:
     def __call__(self, states: Sequence[State]) -> list[float]:
         scores = self.reward.score([(state.prompt, state.steps) for state in states])
         return [aggregate(one, self.aggregation) for one in scores]
+
+
+class EffectiveScorer:
+    """Guides by Q + alpha A, progress beside value (PAV, arXiv:2410.08146 section 3), and chooses among finished solutions by Q.
+
+    Q_t is the reward model's score after t steps, Q_0 that of the empty prefix. The prover is Best-of-K of the policy, in closed
+    form: mu_t = 1 - (1 - Q_t)^K, and A_t = mu_t - mu_(t-1). With `aggregation` last, as in the paper, the newest step counts.
+    """
+
+    def __init__(self, reward: RewardModel, aggregation: str = "", *, alpha: float = 0.5, prover_k: int = 4) -> None:
+        if prover_k < 1:
+            raise ValueError(f"prover_k must be 1 or more, found {prover_k}")
+        self.reward, self.aggregation = reward, aggregation or reward.step_format.aggregation
+        self.alpha, self.prover_k = alpha, prover_k
+
+    def __call__(self, states: Sequence[State]) -> list[float]:
+        scores = self.reward.score_with_root([(state.prompt, state.steps) for state in states])
+        return [aggregate(effective_rewards(one, self.alpha, self.prover_k), self.aggregation) for one in scores]
+
+    def final(self, states: Sequence[State]) -> list[float]:
+        """Q alone."""
+        scores = self.reward.score([(state.prompt, state.steps) for state in states])
+        return [aggregate(one, self.aggregation) for one in scores]
+
+
+def effective_rewards(values: Sequence[float], alpha: float, prover_k: int) -> list[float]:
+    """Q_t + alpha (mu_t - mu_(t-1)) for t = 1 .. T, of values Q_0 .. Q_T, with mu = 1 - (1 - Q)^prover_k."""
+    provers = [1 - (1 - q) ** prover_k for q in values]
+    return [q + alpha * (new - old) for q, old, new in zip(values[1:], provers, provers[1:], strict=False)]
