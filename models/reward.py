@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,15 @@ class RewardModel:
 
     @torch.inference_mode()
     def score_encoded(self, solutions: Sequence[Encoded]) -> list[list[float]]:
-        """Scores [B][1 + T_b] at the root and at each step's end, from token ids. Equal solutions are computed once."""
+        """Scores [B][1 + T_b] at the root and at each step's end, from token ids. Equal solutions are computed once.
+
+        With a cache a prompt that several solutions share is encoded once, before them.
+        """
+        if self.cache is not None:
+            shared = Counter((one.ids[: one.prompt_length], one.prompt_length) for one in dict.fromkeys(solutions))
+            roots = [Encoded(ids, length, ()) for (ids, length), count in shared.items() if count > 1]
+            if roots and any(one.step_ends for one in solutions):
+                self.score_encoded(roots)
         results: list[list[float]] = [[] for _ in solutions]
         jobs = []
         first_of: dict[Encoded, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from ..basics import fold_seed
@@ -120,9 +121,9 @@ class StepPolicy:
 class RevisionPolicy(StepPolicy):
     """A step policy that is shown the earlier attempts of a chain, for a model that was trained to revise them.
 
-    The problem's text becomes `template` with ``{prompt}`` and ``{attempts}`` filled in, where each attempt is `attempt_template` with
-    its number and text, the oldest first. Attempts that do not fit into the context with room for a whole solution are left out, the
-    oldest first. Scorers still see the problem itself.
+    The problem's text becomes `template` with ``{prompt}`` and ``{attempts}`` filled in, where each attempt is
+    `attempt_template` with its number and text, the oldest first. Attempts that do not fit into the context with room for
+    a whole solution are left out, the oldest first. Scorers still see the problem itself.
     """
 
     def __init__(
@@ -153,7 +154,9 @@ class RevisionPolicy(StepPolicy):
             ]
             if not shown:
                 break
-            text = self.template.replace("{attempts}", "".join(shown)).replace("{prompt}", root.prompt)
+            # In one pass: a model may well write {prompt}.
+            parts = {"{prompt}": root.prompt, "{attempts}": "".join(shown)}
+            text = re.sub(r"\{prompt\}|\{attempts\}", lambda match, parts=parts: parts[match[0]], self.template)
             ids = self.step_format.encode_prompt(self.engine.tokenizer, text)
             if len(ids) <= room:
                 self.left_out += first
@@ -174,10 +177,12 @@ class RewardScorer:
 
 
 class EffectiveScorer:
-    """Guides by Q + alpha A, progress beside value (PAV, arXiv:2410.08146 section 3), and chooses among finished solutions by Q.
+    """Guides by Q + alpha A, progress beside value (PAV, arXiv:2410.08146 section 3), and chooses among finished
+    solutions by Q.
 
-    Q_t is the reward model's score after t steps, Q_0 that of the empty prefix. The prover is Best-of-K of the policy, in closed
-    form: mu_t = 1 - (1 - Q_t)^K, and A_t = mu_t - mu_(t-1). With `aggregation` last, as in the paper, the newest step counts.
+    Q_t is the reward model's score after t steps, Q_0 that of the empty prefix. The prover is Best-of-K of the policy, in
+    closed form: mu_t = 1 - (1 - Q_t)^K, and A_t = mu_t - mu_(t-1). With `aggregation` last, as in the paper, the newest
+    step counts.
     """
 
     def __init__(self, reward: RewardModel, aggregation: str = "", *, alpha: float = 0.5, prover_k: int = 4) -> None:

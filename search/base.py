@@ -60,8 +60,8 @@ class RevisingPolicy(Policy, Protocol):
 class Scorer(Protocol):
     """Judges states, higher is better.
 
-    A scorer may have a method `final(states)` too: the scores by which finished solutions are chosen, where they differ from those
-    that guide (`adapters.EffectiveScorer`).
+    A scorer may have a method `final(states)` too: the scores by which finished solutions are chosen, where they differ
+    from those that guide (`adapters.EffectiveScorer`).
     """
 
     def __call__(self, states: Sequence[State]) -> list[float]: ...
@@ -71,8 +71,8 @@ class Scorer(Protocol):
 class TreeNode:
     """A node of a finished search. `steps` is what it adds to its parent: one step, or all that a sample to the end wrote.
 
-    `status`: `finished` is one of the result's solutions, `kept` was gone on from, `pruned` was neither. `visits`, `value` (mean of
-    what was backed up, in [-1, 1]) and `prior` are those of a search that counts them (MCTS).
+    `status`: `finished` is one of the result's solutions, `kept` was gone on from, `pruned` was neither. `visits`,
+    `value` (mean of what was backed up, in [-1, 1]) and `prior` are those of a search that counts them (MCTS).
     """
 
     parent: int  # index in `SearchResult.nodes`; -1 of the root
@@ -91,9 +91,10 @@ class TreeNode:
 class SearchResult:
     """What a search found for one root: finished solutions with their scores, how deep it went, and its tree.
 
-    `chosen` is the solution the strategy itself would answer with: of most, the one with the highest score, the first of equals.
-    `nodes` has the root first and parents before children; `final_nodes[i]` is the node of `finals[i]`, and a solution that was
-    copied (particles) stands in `finals` as often. `curves` are numbers by depth, such as a filter's effective sample size.
+    `chosen` is the solution the strategy itself would answer with: of most, the one with the highest score, the first of
+    equals. `nodes` has the root first and parents before children; `final_nodes[i]` is the node of `finals[i]`, and a
+    solution that was copied (particles) stands in `finals` as often. `curves` are numbers by depth, such as a filter's
+    effective sample size.
     """
 
     finals: tuple[State, ...]

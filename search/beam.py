@@ -22,12 +22,13 @@ def beam_search(
 ) -> list[SearchResult]:
     """`beams` finished solutions for each root, grown step by step from the best `beams / width` prefixes.
 
-    One expand and one score call a depth for all roots together. At each depth a root has `slots = beams - finished` children:
-    the best ceil(slots / width) unfinished prefixes share them, earlier ranks taking one more where they do not divide. Ties
-    keep the order of sampling. A finished solution leaves the pool at once and does not compete, so that a root always ends
-    with exactly `beams` solutions and never costs more than `beams` independent samples. (Open implementations refill to
-    `beams` copies instead and drop what finishes late, which costs more for the same number of solutions.) What is unfinished
-    at `max_depth` is sampled on to its end without a further choice. If every child of a root has finished the root is done.
+    One expand and one score call a depth for all roots together. At each depth a root has `slots = beams - finished`
+    children: the best ceil(slots / width) unfinished prefixes share them, earlier ranks taking one more where they do not
+    divide. Ties keep the order of sampling. A finished solution leaves the pool at once and does not compete, so that a
+    root always ends with exactly `beams` solutions and never costs more than `beams` independent samples. (Open
+    implementations refill to `beams` copies instead and drop what finishes late, which costs more for the same number of
+    solutions.) What is unfinished at `max_depth` is sampled on to its end without a further choice. If every child of a
+    root has finished the root is done.
 
     `lookahead` k judges a prefix by the score after k greedy steps more, which costs about k + 1 times as much. With `dedupe`
     prefixes of the same steps compete once, the first of them.

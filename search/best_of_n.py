@@ -13,8 +13,8 @@ def best_of_n(
 ) -> list[SearchResult]:
     """`n` independent solutions for each root, the best scored chosen; their answers can be voted on as well.
 
-    Best-of-N and self-consistency (arXiv:2110.14168, arXiv:2203.11171). The prefix that all samples share is encoded once. With
-    `n` 1 it is plain sampling, with a policy at temperature 0 greedy decoding.
+    Best-of-N and self-consistency (arXiv:2110.14168, arXiv:2203.11171). The prefix that all samples share is encoded
+    once. With `n` 1 it is plain sampling, with a policy at temperature 0 greedy decoding.
     """
     check(1, n=n)
 
@@ -37,8 +37,9 @@ def step_best_of_n(
 ) -> list[SearchResult]:
     """One solution for each root: at each step the best scored of `n` samples is gone on from, until that is finished.
 
-    Step-level best-of-N (arXiv:2410.13639): beam search of one beam in which finished solutions compete with unfinished ones. At
-    `max_depth` the `n` samples go to the end. Ties keep the order of sampling; with `dedupe` equal steps are scored once.
+    Step-level best-of-N (arXiv:2410.13639): beam search of one beam in which finished solutions compete with unfinished
+    ones. At `max_depth` the `n` samples go to the end. Ties keep the order of sampling; with `dedupe` equal steps are
+    scored once.
     """
     check(1, n=n, max_depth=max_depth)
 

@@ -20,12 +20,13 @@ def dvts(
     dedupe: bool = False,
     seed: int = 0,
 ) -> list[SearchResult]:
-    """`n` solutions for each root: n / width independent trees, each of which keeps the best of `width` samples at every step.
+    """`n` solutions for each root: n / width independent trees, each of which keeps the best of `width` samples at every
+    step.
 
-    A tree ends when the sample that it keeps is finished; all `width` samples of that last round are solutions, and those that are not
-    finished yet are sampled on to their end (search-and-learn hands them out unfinished, without an answer). At `max_depth` the
-    samples go to the end. With `dedupe` equal steps of one prefix are scored once; in the last round all are kept. `lookahead` as
-    in beam search. Ties keep the order of sampling.
+    A tree ends when the sample that it keeps is finished; all `width` samples of that last round are solutions, and those
+    that are not finished yet are sampled on to their end (search-and-learn hands them out unfinished, without an answer).
+    At `max_depth` the samples go to the end. With `dedupe` equal steps of one prefix are scored once; in the last round
+    all are kept. `lookahead` as in beam search. Ties keep the order of sampling.
     """
     check(1, width=width, max_depth=max_depth)
     check(0, lookahead=lookahead)
@@ -33,7 +34,7 @@ def dvts(
         raise ValueError(f"n must be a multiple of width, found n {n} and width {width}")
 
     def grow(tree: Tree) -> Growth:
-        kept = {number: tree.root for number in range(n // width)}
+        kept = dict.fromkeys(range(n // width), tree.root)
         last_round: dict[int, list[Node]] = {}
         for depth in range(1, max_depth + 1):
             plan = [(node, tree.seeds(width, "dvts", number, depth)) for number, node in kept.items()]

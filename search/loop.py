@@ -1,8 +1,9 @@
 """Many searches at once: each asks for steps and scores, and the asks of all go to the policy and the scorer in full batches.
 
-A search of one root is a generator over a `Tree`: it asks with ``yield from tree.grow(...)`` and ``yield from tree.score(...)``, and
-returns the finished nodes (and the chosen one, if that is not the best scored). It sees no other root, and its seeds are folded
-from its own key, so that what it finds does not depend on its neighbours. A new strategy is one such generator:
+A search of one root is a generator over a `Tree`: it asks with ``yield from tree.grow(...)`` and ``yield from
+tree.score(...)``, and returns the finished nodes (and the chosen one, if that is not the best scored). It sees no other
+root, and its seeds are folded from its own key, so that what it finds does not depend on its neighbours. A new strategy
+is one such generator:
 
     def greedy(tree):
         node = tree.root

@@ -28,25 +28,27 @@ def mcts(
     dedupe: bool = False,
     seed: int = 0,
 ) -> list[SearchResult]:
-    """All solutions that the tree of each root finished, and the tree with visits and values; `chosen` is where the best Q leads.
+    """All solutions that the tree of each root finished, and the tree with visits and values; `chosen` is where the best
+    Q leads.
 
     A simulation goes down from the root to the child with the highest
 
         Q + c_puct * P * sqrt(N_parent) / (1 + N)
 
-    (ties: the first), until a node without children. That one gets `width` children and its own value, which is backed up: N += 1, Q the
-    running mean. The value is 2 r - 1 of the score r in (0, 1), so that 0 is neutral. A child that is finished is backed up once, when
-    it is made, with the value of its own score: the search never asks whether an answer is right. A solution that was cut for
-    length has value -1. Finished children are not gone down to again, and a node whose children all are is done itself; the
-    search ends when the root is, or after `simulations`.
+    (ties: the first), until a node without children. That one gets `width` children and its own value, which is backed
+    up: N += 1, Q the running mean. The value is 2 r - 1 of the score r in (0, 1), so that 0 is neutral. A child that is
+    finished is backed up once, when it is made, with the value of its own score: the search never asks whether an answer
+    is right. A solution that was cut for length has value -1. Finished children are not gone down to again, and a node
+    whose children all are is done itself; the search ends when the root is, or after `simulations`.
 
-    P is exp(mean log-probability of the step's tokens) (`logprob`, as the official code: siblings do not sum to 1), the same divided
-    by the sum over siblings (`normalised`) or 1 / siblings (`uniform`). Q of an unvisited child is 0, or with `unvisited: score` the
-    value of its own score, at the price of scoring every child. With `commit` the search settles for the child with the most
-    visits once `simulations` have ended below a node, keeps its subtree with all counts, and goes on from there. At `max_depth` children go to the end. With `dedupe` equal siblings are one child.
+    P is exp(mean log-probability of the step's tokens) (`logprob`, as the official code: siblings do not sum to 1), the
+    same divided by the sum over siblings (`normalised`) or 1 / siblings (`uniform`). Q of an unvisited child is 0, or
+    with `unvisited: score` the value of its own score, at the price of scoring every child. With `commit` the search
+    settles for the child with the most visits once `simulations` have ended below a node, keeps its subtree with all
+    counts, and goes on from there. At `max_depth` children go to the end. With `dedupe` equal siblings are one child.
 
-    The answer walks from the root by the highest Q among children with a finished solution below. If nothing has finished, the
-    leaf that the walk ends at is sampled on to its end.
+    The answer walks from the root by the highest Q among children with a finished solution below. If nothing has
+    finished, the leaf that the walk ends at is sampled on to its end.
     """
     check(1, simulations=simulations, width=width, max_depth=max_depth)
     check(0, c_puct=c_puct)

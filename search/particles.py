@@ -30,17 +30,19 @@ def particle_filter(
     max_depth: int = 40,
     seed: int = 0,
 ) -> list[SearchResult]:
-    """`n` solutions for each root: after each step, `n` of the particles are drawn with replacement, by softmax(l / temperature).
+    """`n` solutions for each root: after each step, `n` of the particles are drawn with replacement, by softmax(l /
+    temperature).
 
-    The paper can be read in three ways (`log_weights`): l = r (`score`, its Algorithm 1), l = ln r - ln(1 - r) (`odds`, both official
-    code bases and the default) or l = ln r (`likelihood`, its section 4.1). l is that of the newest prefix and replaces the one before.
-    `resample_below` f draws only when the effective sample size 1 / sum w^2 is at most f n (1: at every step); l then adds up from
-    step to step since the last draw. Finished particles keep their l and take part, unless `resample_finished` is false.
-    `islands` splits the particles into filters that never meet. The temperature runs linearly to `end_temperature` within
-    `anneal_steps` steps. At `max_depth` the particles are sampled to the end.
+    The paper can be read in three ways (`log_weights`): l = r (`score`, its Algorithm 1), l = ln r - ln(1 - r) (`odds`,
+    both official code bases and the default) or l = ln r (`likelihood`, its section 4.1). l is that of the newest prefix
+    and replaces the one before. `resample_below` f draws only when the effective sample size 1 / sum w^2 is at most f n
+    (1: at every step); l then adds up from step to step since the last draw. Finished particles keep their l and take
+    part, unless `resample_finished` is false. `islands` splits the particles into filters that never meet. The
+    temperature runs linearly to `end_temperature` within `anneal_steps` steps. At `max_depth` the particles are sampled
+    to the end.
 
-    `curves`: `ess` before each draw (summed over islands), `distinct` particles after it, and `lineages`, how many of the first steps
-    have descendants among them.
+    `curves`: `ess` before each draw (summed over islands), `distinct` particles after it, and `lineages`, how many of the
+    first steps have descendants among them.
     """
     check(1, n=n, islands=islands, max_depth=max_depth)
     check(0, anneal_steps=anneal_steps)
@@ -142,8 +144,8 @@ def effective_size(weights: Sequence[float]) -> float:
 def ancestors(weights: Sequence[float], n: int, uniforms: Sequence[float], resampling: Resampling) -> list[int]:
     """`n` indices drawn with the probabilities `weights`.
 
-    `multinomial` inverts the cumulative distribution at each of the `uniforms`; `systematic` at the comb (u + k) / n of the first,
-    which draws i at least floor(n w_i) and at most ceil(n w_i) times.
+    `multinomial` inverts the cumulative distribution at each of the `uniforms`; `systematic` at the comb (u + k) / n of
+    the first, which draws i at least floor(n w_i) and at most ceil(n w_i) times.
     """
     if resampling == "systematic":
         points = [(uniforms[0] + k) / n for k in range(n)]

@@ -21,11 +21,12 @@ def rebase(
     max_depth: int = 40,
     seed: int = 0,
 ) -> list[SearchResult]:
-    """`n` solutions for each root. At each depth n - finished children are split over the unfinished nodes by `balanced_shares`.
+    """`n` solutions for each root. At each depth n - finished children are split over the unfinished nodes by
+    `balanced_shares`.
 
-    `temperature` is on the scale of scores in (0, 1): large recovers independent sampling, small a greedy tree. `keep` is the share of
-    the best nodes that take part (1: all). A finished solution takes one of the width with it, so that there are exactly `n`. At
-    `max_depth` the children go to the end. Ties keep the order of sampling.
+    `temperature` is on the scale of scores in (0, 1): large recovers independent sampling, small a greedy tree. `keep` is
+    the share of the best nodes that take part (1: all). A finished solution takes one of the width with it, so that there
+    are exactly `n`. At `max_depth` the children go to the end. Ties keep the order of sampling.
     """
     check(1, n=n, max_depth=max_depth)
     if temperature <= 0:
@@ -56,8 +57,8 @@ def rebase(
 def balanced_shares(scores: Sequence[float], width: int, temperature: float) -> list[int]:
     """How many of `width` children each node has, by softmax(score / temperature); they sum to `width`.
 
-    From the best score down, n_j = ceil(width left * share_j / share left), as in the official code (the paper rounds): nodes of low
-    score may have none.
+    From the best score down, n_j = ceil(width left * share_j / share left), as in the official code (the paper rounds):
+    nodes of low score may have none.
     """
     weights = softmax([score / temperature for score in scores])
     counts = [0] * len(scores)

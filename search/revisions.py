@@ -20,8 +20,8 @@ def revisions(
 ) -> list[SearchResult]:
     """`n` solutions for each root: `chains` chains of n / chains attempts, each shown the last `shown` attempts of its chain.
 
-    The first attempt of a chain is a plain sample; with as many chains as solutions the search is best-of-N. Choose among all attempts
-    (a revision often turns a right answer wrong), never the last. A node's parent is the attempt before it.
+    The first attempt of a chain is a plain sample; with as many chains as solutions the search is best-of-N. Choose among
+    all attempts (a revision often turns a right answer wrong), never the last. A node's parent is the attempt before it.
     """
     check(1, n=n, chains=chains, shown=shown)
     if n % chains:

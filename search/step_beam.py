@@ -21,10 +21,11 @@ def step_beam(
 ) -> list[SearchResult]:
     """Up to `beams` solutions for each root: of all children, finished or not, the best `beams` are kept.
 
-    The first round samples beams * width steps, later ones `width` of each kept prefix. A finished solution among the best is a result and
-    takes its place in the beam with it; a search ends when no place is left. Unlike beam search, finished solutions compete when
-    they appear, and children are scored on their own, without accumulation. With `dedupe`, as in the paper, equal siblings count
-    once. At `max_depth` the children go to the end. Ties keep the order of sampling.
+    The first round samples beams * width steps, later ones `width` of each kept prefix. A finished solution among the
+    best is a result and takes its place in the beam with it; a search ends when no place is left. Unlike beam search,
+    finished solutions compete when they appear, and children are scored on their own, without accumulation. With
+    `dedupe`, as in the paper, equal siblings count once. At `max_depth` the children go to the end. Ties keep the order
+    of sampling.
     """
     check(1, beams=beams, width=width, max_depth=max_depth)
 

@@ -23,9 +23,9 @@ def tot_bfs(
 ) -> list[SearchResult]:
     """Up to `beams` solutions for each root: at each step `beams` of all states are kept, finished ones among them.
 
-    A kept state has `width` children. `select` takes the best scored, or draws without replacement in proportion to the scores (which
-    must not be negative then). A finished state is carried along and can be outdone; the search ends when all kept states are
-    finished. Equal states count once, as in the paper. At `max_depth` the children go to the end.
+    A kept state has `width` children. `select` takes the best scored, or draws without replacement in proportion to the
+    scores (which must not be negative then). A finished state is carried along and can be outdone; the search ends when
+    all kept states are finished. Equal states count once, as in the paper. At `max_depth` the children go to the end.
     """
     check(1, beams=beams, width=width, max_depth=max_depth)
     if select not in ("greedy", "sample"):
@@ -73,11 +73,12 @@ def tot_dfs(
     max_depth: int = 40,
     seed: int = 0,
 ) -> list[SearchResult]:
-    """Up to `solutions` solutions for each root: the best scored child first, back where all children score under `threshold`.
+    """Up to `solutions` solutions for each root: the best scored child first, back where all children score under
+    `threshold`.
 
-    Ends after `solutions` finished ones or `expansions` expanded states. If nothing has finished then, the best scored state that was
-    not gone on from, pruned or not, is sampled on to its end. Equal children count once. At `max_depth` the children go to the
-    end. Ties keep the order of sampling.
+    Ends after `solutions` finished ones or `expansions` expanded states. If nothing has finished then, the best scored
+    state that was not gone on from, pruned or not, is sampled on to its end. Equal children count once. At `max_depth`
+    the children go to the end. Ties keep the order of sampling.
     """
     check(1, width=width, expansions=expansions, solutions=solutions, max_depth=max_depth)
 
