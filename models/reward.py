@@ -96,13 +96,10 @@ class RewardModel:
     def score_encoded(self, solutions: Sequence[Encoded]) -> list[list[float]]:
         """Scores [B][1 + T_b] at the root and at each step's end, from token ids. Equal solutions are computed once.
 
-        With a cache a prompt that several solutions share is encoded once, before them.
+        With a cache a prompt that several solutions share, and a solution that others extend, are encoded before them.
         """
-        if self.cache is not None:
-            shared = Counter((one.ids[: one.prompt_length], one.prompt_length) for one in dict.fromkeys(solutions))
-            roots = [Encoded(ids, length, ()) for (ids, length), count in shared.items() if count > 1]
-            if roots and any(one.step_ends for one in solutions):
-                self.score_encoded(roots)
+        if self.cache is not None and (first := _begun_by_several(solutions, self.cache)):
+            self.score_encoded(first)
         results: list[list[float]] = [[] for _ in solutions]
         jobs = []
         first_of: dict[Encoded, int] = {}
@@ -183,3 +180,13 @@ class RewardModel:
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.step_format.save(folder)
+
+
+def _begun_by_several(solutions: Sequence[Encoded], cache: PrefixCache) -> list[Encoded]:
+    """What others of the solutions begin with: new prompts of more than one of them, and solutions that another one extends."""
+    distinct = list(dict.fromkeys(solutions))
+    new = [one for one in distinct if cache.longest(one.ids, len(one.ids))[0] < one.prompt_length]
+    prompts = Counter((one.ids[: one.prompt_length], one.prompt_length) for one in new)
+    inner = {one.ids[: end + 1] for one in distinct for end in (one.root, *one.step_ends) if end + 1 < len(one.ids)}
+    shared = [Encoded(ids, length, ()) for (ids, length), count in prompts.items() if count > 1]
+    return list(dict.fromkeys([*shared, *(one for one in distinct if one.ids in inner)]))

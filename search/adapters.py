@@ -60,14 +60,8 @@ class StepPolicy:
         return children
 
     def finish(self, states: Sequence[State], seeds: Sequence[int]) -> list[State]:
-        """Each state sampled on to its end, [B]. A state that is asked for several times is encoded once."""
-        where: dict[tuple[str, tuple[int, ...]], list[int]] = {}
-        for index, state in enumerate(states):
-            where.setdefault((state.key, state.ids), []).append(index)
-        grouped = list(where.values())
-        found = self._sample([states[i[0]] for i in grouped], [[seeds[i] for i in group] for group in grouped], ())
-        ends = dict(pair for group, row in zip(grouped, found, strict=True) for pair in zip(group, row, strict=True))
-        return [ends[index] for index in range(len(states))]
+        """Each state sampled on to its end, [B]."""
+        return [found[0] for found in self._sample(states, [(s,) for s in seeds], ())]
 
     def expand_greedily(self, states: Sequence[State]) -> list[State]:
         """Each state [B] one step longer or done, by its most probable tokens."""
@@ -78,8 +72,9 @@ class StepPolicy:
     def _sample(
         self, states: Sequence[State], seeds: Sequence[Sequence[int]], stop: tuple[str, ...]
     ) -> list[list[State]]:
-        # Room is a property of the state, and an engine call has one limit: states with equal room go together.
-        rooms: dict[int, list[int]] = {}
+        # Room is a property of the state, and an engine call has one limit: states with equal room go together. States of equal
+        # ids are one request, so that their prefix is encoded once.
+        rooms: dict[int, dict[tuple[int, ...], list[int]]] = {}
         children: list[list[State]] = [[] for _ in states]
         for index, state in enumerate(states):
             room = self.sampling.max_new_tokens - (len(state.ids) - state.prompt_length)
@@ -88,12 +83,14 @@ class StepPolicy:
                     seeds[index]
                 )
             else:
-                rooms.setdefault(self._ceiling(room), []).append(index)
-        for room, indices in rooms.items():
-            requests = [Request(states[i].ids, tuple(seeds[i])) for i in indices]
+                rooms.setdefault(self._ceiling(room), {}).setdefault(state.ids, []).append(index)
+        for room, prefixes in rooms.items():
+            requests = [Request(ids, tuple(s for i in where for s in seeds[i])) for ids, where in prefixes.items()]
             sampling = dataclasses.replace(self.sampling, max_new_tokens=room, stop=stop)
-            for i, samples in zip(indices, self.engine.generate(requests, sampling), strict=True):
-                children[i] = [self._child(states[i], sample) for sample in samples]
+            for where, samples in zip(prefixes.values(), self.engine.generate(requests, sampling), strict=True):
+                rest = iter(samples)
+                for i in where:
+                    children[i] = [self._child(states[i], next(rest)) for _ in seeds[i]]
         return children
 
     def _ceiling(self, room: int) -> int:

@@ -25,7 +25,7 @@ def mcts(
     unvisited: Literal["zero", "score"] = "zero",
     commit: bool = False,
     max_depth: int = 40,
-    dedupe: bool = False,
+    dedupe: bool = True,
     seed: int = 0,
 ) -> list[SearchResult]:
     """All solutions that the tree of each root finished, and the tree with visits and values; `chosen` is where the best
@@ -45,7 +45,8 @@ def mcts(
     same divided by the sum over siblings (`normalised`) or 1 / siblings (`uniform`). Q of an unvisited child is 0, or
     with `unvisited: score` the value of its own score, at the price of scoring every child. With `commit` the search
     settles for the child with the most visits once `simulations` have ended below a node, keeps its subtree with all
-    counts, and goes on from there. At `max_depth` children go to the end. With `dedupe` equal siblings are one child.
+    counts, and goes on from there. At `max_depth` children go to the end. With `dedupe` equal siblings are one child
+    (an option in the official code).
 
     The answer walks from the root by the highest Q among children with a finished solution below. If nothing has
     finished, the leaf that the walk ends at is sampled on to its end.

@@ -63,7 +63,7 @@ def test_visits_and_values_equal_a_slow_search(toy, prior, unvisited, finish):
     for seed, simulations, max_depth in ((0, 1, 9), (1, 12, 9), (2, 12, 2), (3, 200, 3)):
         world = toy(seed=seed, finish=finish, depth=4)
         [found] = mcts(
-            [world.root()], world, world, simulations=simulations, width=3, c_puct=1.25, prior=prior,
+            [world.root()], world, world, dedupe=False, simulations=simulations, width=3, c_puct=1.25, prior=prior,
             unvisited=unvisited, max_depth=max_depth, seed=seed,
         )  # fmt: skip
         want = slow_mcts(world, world.root(), simulations, 3, 1.25, prior, unvisited, max_depth, seed)
@@ -77,7 +77,7 @@ def test_visits_and_values_equal_a_slow_search(toy, prior, unvisited, finish):
 
 def test_counts_of_a_node_are_those_below_it_and_its_own(toy):
     world = toy(depth=4, finish=0.2)
-    [found] = mcts([world.root()], world, world, simulations=15, width=3)
+    [found] = mcts([world.root()], world, world, dedupe=False, simulations=15, width=3)
     below = [0] * len(found.nodes)
     for node in found.nodes[1:]:
         below[node.parent] += node.visits
@@ -93,7 +93,7 @@ def test_counts_of_a_node_are_those_below_it_and_its_own(toy):
 def test_a_bandit_is_answered_by_its_best_arm(toy):
     """All children finish: one visit each, nothing is visited twice, and the answer is the best value."""
     world = toy(depth=1, branching=5, in_turn=True)
-    [found] = mcts([world.root()], world, world, simulations=100, width=5)
+    [found] = mcts([world.root()], world, world, dedupe=False, simulations=100, width=5)
     assert found.rounds == 1
     assert [node.visits for node in found.nodes] == [6, 1, 1, 1, 1, 1]
     assert found.nodes[0].value == pytest.approx(
@@ -104,7 +104,7 @@ def test_a_bandit_is_answered_by_its_best_arm(toy):
 
 def test_an_exhausted_tree_ends_the_search(toy):
     world = toy(depth=3, branching=2, in_turn=True)
-    [found] = mcts([world.root()], world, world, simulations=10**6, width=2)
+    [found] = mcts([world.root()], world, world, dedupe=False, simulations=10**6, width=2)
     assert found.rounds == 1 + 2 + 4  # every inner node once
     assert len(found.finals) == 8
     assert all(node.visits == 1 for node in found.nodes if node.done)
@@ -113,7 +113,7 @@ def test_an_exhausted_tree_ends_the_search(toy):
 def test_nothing_finishes_within_the_simulations(toy):
     """The budget ends in the middle: the leaf of the best Q is sampled on."""
     world = toy(depth=9)
-    [found] = mcts([world.root()], world, world, simulations=3, width=2)
+    [found] = mcts([world.root()], world, world, dedupe=False, simulations=3, width=2)
     assert len(found.finals) == 1
     assert found.finals[0].done
     assert found.chosen == 0
@@ -130,7 +130,7 @@ def test_a_solution_cut_for_length_is_worth_nothing(toy):
             return dataclasses.replace(made, done=True, stop="length") if which == 0 else made
 
     world = Short(depth=3, in_turn=True, scores="constant")
-    [found] = mcts([world.root()], world, world, simulations=1, width=3)
+    [found] = mcts([world.root()], world, world, dedupe=False, simulations=1, width=3)
     assert [node.value for node in found.nodes[1:4]] == [-1.0, None, None]
 
 
@@ -138,8 +138,8 @@ def test_the_search_commits_and_keeps_the_subtree(toy):
     """With as many simulations below each step as before, but those that came before are not made again."""
     world = toy(depth=4, in_turn=True, scores="exact")
     whole = {"width": 3, "unvisited": "score", "c_puct": 0.3}
-    [once] = mcts([world.root()], world, world, simulations=6, **whole)
-    [steps] = mcts([world.root()], world, world, simulations=6, commit=True, **whole)
+    [once] = mcts([world.root()], world, world, dedupe=False, simulations=6, **whole)
+    [steps] = mcts([world.root()], world, world, dedupe=False, simulations=6, commit=True, **whole)
     # The first 19 nodes are the root and three children of each of six: the search goes on from them.
     assert [node.steps for node in steps.nodes[:19]] == [node.steps for node in once.nodes[:19]]
     assert 6 < steps.rounds < 6 * 4
@@ -165,7 +165,7 @@ def test_the_search_commits_and_keeps_the_subtree(toy):
 
 def test_dropped_duplicates_are_not_searched(toy):
     world = toy(depth=3, branching=2)
-    [found] = mcts([world.root()], world, world, simulations=50, width=6, dedupe=True, prior="uniform")
+    [found] = mcts([world.root()], world, world, simulations=50, width=6, prior="uniform")
     assert len({state.steps for state in found.finals}) == len(found.finals) <= 8
     assert {node.prior for node in found.nodes[1:]} <= {None, 0.5, 1.0}
 
