@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from ..data_gen.rows import Solution, Source
 from ..data_gen.searched import SEARCH_FILE, found_solutions, search_record
 from ..data_gen.store import Shard, UnitResult, make_rows
 from ..models.engine import Engine, StopReason
+from ..models.prefix_cache import PrefixCache
 from ..models.reward import RewardModel
+from ..models.step_format import StepFormat
 from ..search.adapters import EffectiveScorer, RevisionPolicy, RewardScorer, StepPolicy
 from ..search.base import Scorer
 from ..tasks.base import Problem, Task
@@ -30,8 +33,8 @@ def make_beam(config: options_search.Beam, out: Path) -> bool:
     return make_search(config.as_search(), out)
 
 
-def make_search(config: options_search.Search, out: Path) -> bool:
-    """Finished solutions of a search, and a record of each search."""
+def make_search(config: options_search.Search, out: Path, loaded: Loaded | None = None) -> bool:
+    """Finished solutions of a search, and a record of each search. Searches after each other may share `loaded` models."""
     if config.strategy not in UNGUIDED:
         required(config, "reward")
     task, problems = _problems(config)
@@ -41,7 +44,7 @@ def make_search(config: options_search.Search, out: Path) -> bool:
     def work(unit: tuple[int, Sequence[Problem]]) -> UnitResult[Solution]:
         number, some = unit
         if not parts:
-            parts.extend(searchers(config, task, problems))
+            parts.extend(searchers(config, task, problems, loaded))
             write_json(out / ABOUT_FILE, _about(config, parts[0], parts[1]))
         engine, reward, policy, scorer = parts
         spent = lambda: engine.ledger + reward.ledger if reward is not None else engine.ledger.copy()
@@ -78,21 +81,40 @@ def make_search(config: options_search.Search, out: Path) -> bool:
     return _finish(out, complete)
 
 
+@dataclass
+class Loaded:
+    """Models that several searches share, one after another. Each begins with empty caches, so that it pays its own cost."""
+
+    policy: tuple[Engine, StepFormat] | None = None
+    reward: RewardModel | None = None
+
+    def forget(self) -> None:
+        """Empties the caches."""
+        for model in (self.policy[0] if self.policy else None, self.reward):
+            if getattr(model, "cache", None) is not None:
+                model.cache = PrefixCache()  # type: ignore[union-attr]
+
+
 def searchers(
-    config: options_search.Search, task: Task, problems: Sequence[Problem] = ()
+    config: options_search.Search, task: Task, problems: Sequence[Problem] = (), loaded: Loaded | None = None
 ) -> tuple[Engine, RewardModel | None, StepPolicy, Scorer]:
-    """Engine, reward model (None without one), and what a search speaks to; prefixes are kept by both."""
-    engine, step_format = _policy(config, task, keep_prefixes=True)
-    _check_words(config.policy, engine, step_format, [problem.prompt for problem in problems])
+    """Engine, reward model (None without one), and what a search speaks to; prefixes are kept by both models."""
+    loaded = loaded or Loaded()
+    if loaded.policy is None:
+        loaded.policy = _policy(config, task, keep_prefixes=True)
+        _check_words(config.policy, *loaded.policy, [problem.prompt for problem in problems])
+    if loaded.reward is None and config.reward:
+        loaded.reward = RewardModel.load(config.reward, dtype=config.reward_dtype, keep_prefixes=True)
+    loaded.forget()
+    (engine, step_format), reward = loaded.policy, loaded.reward
     arguments = (engine, step_format, task.step_separator, _sampling(config))
     policy: StepPolicy
     if config.strategy == "revisions":
         policy = RevisionPolicy(*arguments, template=config.revision_template, attempt_template=config.attempt_template)
     else:
         policy = StepPolicy(*arguments)
-    if not config.reward:
+    if reward is None:
         return engine, None, policy, lambda states: [0.0] * len(states)
-    reward = RewardModel.load(config.reward, dtype=config.reward_dtype, keep_prefixes=True)
     scorer: Scorer = RewardScorer(reward, config.aggregation)
     if config.alpha:
         scorer = EffectiveScorer(reward, config.aggregation, alpha=config.alpha, prover_k=config.prover_k)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -117,6 +118,78 @@ class Beam(WithPolicy):
         shared = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(Search)}
         settings = {name: getattr(self, name) for name in ("beams", "width", "max_depth")}
         return Search(**{name: getattr(self, name) for name in shared}, strategy="beam", settings=settings)
+
+
+@dataclass
+class ComparedArm:
+    """One strategy of a comparison."""
+
+    strategy: str = option("beam", "one of " + ", ".join(STRATEGIES))
+    settings: dict[str, Any] = option({}, "settings of the strategy, without the one that its budget goes by")
+    budgets: list[int] | None = option(None, "budgets of this strategy in place of the common ones")
+    aggregation: str | None = option(None, "in place of the common one")
+    alpha: float = option(0.0, "weight of the advantage in the reward that guides")
+    prover_k: int = option(4, "K of the Best-of-K prover")
+
+
+@dataclass
+class Compare(WithPolicy):
+    """Compares search strategies at several budgets and at equal cost (results.json, curves, report.html)."""
+
+    split: str = option("test", "the split of the task")
+    reward: str = option("", "the reward model that guides and chooses")
+    reward_dtype: str = option("float32", "precision of the reward model")
+    aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
+    arms: dict[str, ComparedArm] = option({}, "name -> strategy, settings, budgets, aggregation, alpha, prover_k")
+    budgets: list[int] = option([1, 4, 16, 64], "what the budget setting of each strategy is set to")
+    reference: str = option(
+        "", "the arm whose costs are the ones to meet; empty takes the first of best_of_n, or of all"
+    )
+    levels: int = option(5, "levels of difficulty, each with a choice of its own; 0 leaves that out")
+    trees: int = option(20, "keep the trees of the first so many problems of each search; 0 for none, -1 for all")
+    revision_template: str = option(Search.revision_template, "prompt of a revision")
+    attempt_template: str = option(Search.attempt_template, "each earlier attempt in it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "levels")
+        at_least(self, -1, "trees")
+        for name, arm in self.arms.items():
+            if not re.fullmatch(r"[\w.+-]+", name):
+                raise ValueError(f"arms: a name is made of letters, digits and _ . + -, found {name!r}")
+            budgets = self.budgets_of(arm)
+            if not budgets or any(budget < 1 for budget in budgets) or len(set(budgets)) < len(budgets):
+                raise ValueError(f"arms.{name}: budgets must be different numbers of 1 or more, found {budgets}")
+        if self.reference and self.reference not in self.arms:
+            raise ValueError(f"reference must be one of the arms {', '.join(self.arms)}, found {self.reference!r}")
+        self.searches()
+
+    def budgets_of(self, arm: ComparedArm) -> list[int]:
+        """The budgets of an arm, the smallest first."""
+        return sorted(self.budgets if arm.budgets is None else arm.budgets)
+
+    def searches(self) -> dict[tuple[str, int], Search]:
+        """(arm, budget) -> its search. A `width` above the budget is cut to it."""
+        shared = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(Search)}
+        found = {}
+        for name, arm in self.arms.items():
+            if arm.strategy not in STRATEGIES:
+                raise ValueError(str(unknown_key(arm.strategy, list(STRATEGIES), f"arms.{name}: strategy")))
+            function, field = STRATEGIES[arm.strategy]
+            if field in arm.settings:
+                raise ValueError(f"arms.{name}: {field} is what the budgets set; give budgets")
+            for budget in self.budgets_of(arm):
+                settings = {**arm.settings, field: budget}
+                if arm.strategy in ("beam", "dvts"):
+                    settings["width"] = min(budget, settings.get("width", function.__kwdefaults__["width"]))
+                values = {key: getattr(self, key) for key in shared}
+                values |= {"aggregation": self.aggregation if arm.aggregation is None else arm.aggregation}
+                values |= {"strategy": arm.strategy, "alpha": arm.alpha, "prover_k": arm.prover_k}
+                try:
+                    found[name, budget] = Search(**values, settings=settings)
+                except ValueError as error:
+                    raise ValueError(f"arms.{name}, budget {budget}: {error}") from None
+        return found
 
 
 def _as_value_error(function: Callable[..., Any], *arguments: Any) -> Any:

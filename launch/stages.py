@@ -55,6 +55,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "train.orm": ("..trainers.orm:ORMArguments", _trainer("orm")),
     "train.prm": ("..trainers.prm:PRMArguments", _trainer("prm")),
     "search.run": (search.Search, _stage(".making_search", "make_search")),
+    "search.compare": (search.Compare, _stage(".comparing", "compare_searches")),
     "search.beam": (search.Beam, _stage(".making_search", "make_beam")),
     "eval.policies": (evaluation.EvaluatePolicies, _stage(".evaluate", "evaluate_policies")),
     "eval.prm": (evaluation.EvaluatePRM, _stage(".evaluate", "evaluate_prm")),
