@@ -52,7 +52,7 @@ def strategy_settings(strategy: str, settings: Mapping[str, Any], where: str) ->
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY and name != "seed"
     ]
-    made = build(dataclasses.make_dataclass(strategy, known), settings, f"{where}: settings of {strategy}")
+    made: Any = build(dataclasses.make_dataclass(strategy, known), settings, f"{where}: settings of {strategy}")
     values = {name: getattr(made, name) for name in settings}
     try:
         function([], None, None, **values)  # no roots: only the values are looked at
@@ -181,7 +181,8 @@ class Compare(WithPolicy):
             for budget in self.budgets_of(arm):
                 settings = {**arm.settings, field: budget}
                 if arm.strategy in ("beam", "dvts"):
-                    settings["width"] = min(budget, settings.get("width", function.__kwdefaults__["width"]))
+                    default = inspect.signature(function).parameters["width"].default
+                    settings["width"] = min(budget, settings.get("width", default))
                 values = {key: getattr(self, key) for key in shared}
                 values |= {"aggregation": self.aggregation if arm.aggregation is None else arm.aggregation}
                 values |= {"strategy": arm.strategy, "alpha": arm.alpha, "prover_k": arm.prover_k}

@@ -151,9 +151,10 @@ class RevisionPolicy(StepPolicy):
             ]
             if not shown:
                 break
-            # In one pass: a model may well write {prompt}.
+            # Piece by piece: a model may well write {prompt}.
             parts = {"{prompt}": root.prompt, "{attempts}": "".join(shown)}
-            text = re.sub(r"\{prompt\}|\{attempts\}", lambda match, parts=parts: parts[match[0]], self.template)
+            pieces = re.split(r"(\{prompt\}|\{attempts\})", self.template)
+            text = "".join(parts.get(piece, piece) for piece in pieces)
             ids = self.step_format.encode_prompt(self.engine.tokenizer, text)
             if len(ids) <= room:
                 self.left_out += first

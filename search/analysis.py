@@ -133,7 +133,7 @@ def difficulty_levels(easiness: Mapping[str, float], levels: int = 5) -> dict[st
     """
     if levels < 1 or not easiness:
         raise ValueError(f"levels must be 1 or more, of some problems; found {levels} of {len(easiness)}")
-    bounds = np.quantile(list(easiness.values()), [i / levels for i in range(1, levels)]) if levels > 1 else []
+    bounds = np.quantile(list(easiness.values()), [i / levels for i in range(1, levels)]).tolist()
     return {name: levels - sum(value >= bound for bound in bounds) for name, value in easiness.items()}
 
 

@@ -49,7 +49,7 @@ def tot_bfs(
 
 def _drawn(tree: Tree, pool: Sequence[Node], count: int, depth: int) -> list[Node]:
     """`count` of the nodes, drawn one after another in proportion to their scores."""
-    left, drawn = list(pool), []
+    left, drawn = list(pool), list[Node]()
     while left and len(drawn) < count:
         scores = [node.score or 0.0 for node in left]
         if min(scores) < 0:
@@ -83,7 +83,7 @@ def tot_dfs(
     check(1, width=width, expansions=expansions, solutions=solutions, max_depth=max_depth)
 
     def grow(tree: Tree) -> Growth:
-        stack, finals, expanded = [tree.root], [], 0
+        stack, finals, expanded = [tree.root], list[Node](), 0
         while stack and len(finals) < solutions:
             node = stack.pop()
             if node.state.done:
