@@ -19,7 +19,7 @@ HELP = """usage: stepladder COMMAND ...
   data STAGE --config FILE [--key value ...]           demonstrations, solutions, step_labels, best_solutions, prm800k,
                                                        omegaprm, best_first, first_pit, tree_labels, tree_pairs, sorm
   train STAGE --config FILE [--key value ...]          sft, orm, prm
-  search STAGE --config FILE [--key value ...]         run (any strategy), compare, beam
+  search STAGE --config FILE [--key value ...]         run, compare, beam
   eval STAGE --config FILE [--key value ...]           policies, prm, processbench
   claims run NAME [--out DIR] [--results DIR]          puts a paper's claim to the test: all its seeds, one result file
   claims table [--results DIR] [--out FILE]            the page of all claims from their result files; claims list: names
