@@ -90,6 +90,8 @@ class Search(WithPolicy):
         at_least(self, -1, "trees")
         _aggregation(self.aggregation)
         self.settings = _as_value_error(strategy_settings, self.strategy, self.settings, "search")
+        if self.alpha and self.settings.get("select") == "sample":
+            raise ValueError("select: sample draws by scores of 0 or more; with alpha a score can be negative")
 
 
 @dataclass
