@@ -130,7 +130,7 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     for budget in config.budgets_of(config.arms[reference]):
         for rule in ("best", "weighted"):
             base = runs[reference, budget]
-            allowed = base.ledgers[rule].flops
+            allowed = base.ledgers[rule].flops * (1 + config.slack)
             at = {name: within(runs, name, rule, allowed) for name in config.arms}
             at[reference] = base
             found = {name: run for name, run in at.items() if run is not None}

@@ -147,6 +147,7 @@ class Compare(WithPolicy):
     reference: str = option(
         "", "the arm whose costs are the ones to meet; empty takes the first of best_of_n, or of all"
     )
+    slack: float = option(0.05, "at equal cost an arm may cost so much more than the reference, as a share")
     levels: int = option(5, "levels of difficulty, each with a choice of its own; 0 leaves that out")
     trees: int = option(20, "keep the trees of the first so many problems of each search; 0 for none, -1 for all")
     revision_template: str = option(Search.revision_template, "prompt of a revision")
@@ -154,7 +155,7 @@ class Compare(WithPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "levels")
+        at_least(self, 0, "levels", "slack")
         at_least(self, -1, "trees")
         for name, arm in self.arms.items():
             if not re.fullmatch(r"[\w.+-]+", name):

@@ -182,7 +182,10 @@ def test_unguided_searches_need_no_reward_model(tmp_path, refused):
         (["--settings.seed", "4"], "settings of beam: unknown key 'seed'"),
         (["--aggregation", "max"], "aggregation must be last, min, prod, mean or empty, found 'max'"),
         (["--prover_k", "0"], "prover_k must be 1 or more"),
-        (["--strategy", "tot_bfs", "--settings.select", "sample", "--alpha", "1"], "with alpha a score can be negative"),
+        (
+            ["--strategy", "tot_bfs", "--settings.select", "sample", "--alpha", "1"],
+            "with alpha a score can be negative",
+        ),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, refused, settings, told):
