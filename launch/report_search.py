@@ -84,7 +84,8 @@ def matched_section(records: Sequence[Record], details: Mapping[str, Any]) -> st
     heads = [f"{reference}@{budget}" for budget in budgets]
     caption = (
         f"Each column allows the FLOPs, policy and reward model together, of {reference} at that budget and the slack of the "
-        "comparison; @ is the largest budget of the arm that keeps within it. Majority vote asks no reward model and buys more samples. compute_optimal "
+        "comparison; @ is the largest budget of the arm that keeps within it. "
+        "Majority vote asks no reward model and buys more samples. compute_optimal "
         "takes each level of difficulty's best arm on one half of its problems and is measured on the other; what it costs "
         "to tell the level is not charged."
     )
