@@ -143,6 +143,31 @@ def pool_chart(lines: Mapping[str, Sequence[Point]], x_label: str, y_label: str)
     return area.svg(f"{y_label} over {x_label}: {words}")
 
 
+def curve_chart(lines: Mapping[str, Sequence[Point]], labels: tuple[str, str]) -> str:
+    """Lines over a logarithmic axis, in percent, each with its name at its end: more of them than there are colours."""
+    every = [p for points in lines.values() for p in points]
+    costs, values = [x for x, _ in every], [y for _, y in every]
+    x = (min(costs) / 1.3, max(costs) * 1.3)
+    pad = max(2.0, 0.08 * (max(values) - min(values)))
+    area = Area(
+        x, (max(0.0, min(values) - pad), min(102.0, max(values) + pad)), max(280, 16 * len(lines) + 40), log=True
+    )
+    area.axes(*labels, log_ticks(*x))
+    places = spread([area.down(points[-1][1]) for points in lines.values()], 15, area.height)
+    for s, ((name, points), place) in enumerate(zip(lines.items(), places, strict=True)):
+        area.path(points, s)
+        for cost, value in points:
+            words = f"{name}: {value:.1f} for {number(cost)}"
+            area.mark(area.across(cost), area.down(value), s, words)
+        end, at = area.across(points[-1][0]), area.down(points[-1][1])
+        side = 1 if end < 60 else -1
+        leader = f'<line class="leader" x1="{6 * side}" y1="{at:.1f}" x2="{18 * side}" y2="{place:.1f}"/>'
+        area.parts.append(f'<svg x="{end:.2f}%">{leader}</svg>')
+        area.text(end, place, name, "value" if side > 0 else "value end", 22 * side)
+    words = "; ".join(f"{name} from {p[0][1]:.1f} to {p[-1][1]:.1f}" for name, p in lines.items())
+    return area.svg(f"{labels[1]} over {labels[0]}: {words}")
+
+
 def reliability_chart(bins: Sequence[tuple[float, Interval]], labels: tuple[str, str]) -> str:
     """(score, share with interval) against the diagonal on which a score is the share it foretells."""
     area = Area((0, 1), (0, 1), 260)

@@ -19,7 +19,7 @@ from ..tasks.base import Problem, StepChecker, first_error
 from ..tasks.load import load_task
 from . import options_claims
 from .claims import VALUES
-from .evaluate import DETAILS, RESULTS, _bootstrap_groups, record
+from .evaluate import DETAILS, RESULTS, bootstrap_groups, record
 from .making import tell_cut_steps
 from .options import required
 
@@ -155,7 +155,7 @@ def _step_measures(
         "first_error_f1": f1,
     }
     for metric, measure in measures.items():
-        results.number(name, metric, _bootstrap_groups(groups, measure, results.seed, 100), len(scores), ledger)
+        results.number(name, metric, bootstrap_groups(groups, measure, results.seed, 100), len(scores), ledger)
 
 
 # --- values ----------------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def evaluate_values(config: options_claims.EvaluateValues, out: Path) -> None:
                 places.append(list(range(at, at + len(group))))
                 at += len(group)
             measure = lambda idx, flat=flat: correlation([flat[i][0] for i in idx], [flat[i][1] for i in idx])
-            interval = _bootstrap_groups(places, measure, config.seed, 100)
+            interval = bootstrap_groups(places, measure, config.seed, 100)
             results.number(name, metric, interval, len(flat), model.ledger)
     results.write(out)
 

@@ -5,26 +5,23 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, make_folder, told_as_user_error, write_json
 from ..data_gen import importers
-from ..data_gen.rows import Dialogue, Solution, Source, StepLabels
+from ..data_gen.rows import Dialogue, Solution, StepLabels
 from ..data_gen.solutions import best_solutions, demonstrations, sample_solutions
 from ..data_gen.step_labels import StopRule, monte_carlo_labels
 from ..data_gen.store import Shard, UnitResult, make_rows, read_about, read_rows, write_rows
-from ..models.engine import Engine, Sampling, StopReason
+from ..models.engine import Engine, Sampling
 from ..models.loading import hub_folder, load_engine, load_policy_format
 from ..models.reward import RewardModel, aggregate
 from ..models.step_format import FILE_NAME, StepFormat
-from ..search.adapters import RewardScorer, StepPolicy
-from ..search.beam import beam_search
 from ..tasks.base import Problem, Task
 from ..tasks.load import load_task
-from . import options, options_data, options_search
+from . import options, options_data
 from .options import chunks, first, required
 
 
@@ -250,49 +247,6 @@ def copy_model(config: options_data.CopyModel, out: Path) -> bool:
     with told_as_user_error(f"copy {source} to {out}"):
         shutil.copytree(source, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
     return True
-
-
-def make_beam(config: options_search.Beam, out: Path) -> bool:
-    """Finished solutions of PRM beam search, ranked as found."""
-    required(config, "reward")
-    task, problems = _problems(config)
-    units = chunks(problems, config.unit_problems)
-    parts: list[Any] = []
-
-    def work(unit: Sequence[Problem]) -> UnitResult[Solution]:
-        if not parts:
-            engine, step_format = _policy(config, task, keep_prefixes=True)
-            _check_words(config.policy, engine, step_format, [problem.prompt for problem in problems])
-            reward = RewardModel.load(config.reward, dtype=config.reward_dtype, keep_prefixes=True)
-            parts.extend([engine, reward, StepPolicy(engine, step_format, task.step_separator, _sampling(config))])
-            parts.append(RewardScorer(reward, config.aggregation))
-        engine, reward, policy, scorer = parts
-        before = engine.ledger + reward.ledger
-        found = beam_search(
-            [policy.root(problem) for problem in unit], policy, scorer,
-            beams=config.beams, width=config.width, max_depth=config.max_depth, seed=config.seed,
-        )  # fmt: skip
-        source = Source(config.policy, engine.name, task.name, config.seed)
-        rows = []
-        dropped: Counter[str] = Counter()
-        for problem, result in zip(unit, found, strict=True):
-            if all(state.stop == StopReason.CONTEXT.value and not state.steps for state in result.finals):
-                dropped["prompts longer than the context"] += 1
-                continue
-            for number, state in enumerate(result.finals):
-                ids = state.ids[state.prompt_length :]
-                text = engine.tokenizer.decode(ids, skip_special_tokens=True)
-                verdict = task.verify(problem, text)
-                rows.append(
-                    Solution(
-                        problem_id=problem.id, prompt=problem.prompt, gold=problem.answer, sample=number, steps=state.steps,
-                        text=text, answer=verdict.answer, outcome=verdict.outcome.value, stop=state.stop, token_ids=ids,
-                        step_ends=(), logprob=state.logprob, source=source,
-                    )
-                )  # fmt: skip
-        return UnitResult(rows, dropped, engine.ledger + reward.ledger - before)
-
-    return _finish(out, make_rows(out, Solution, units, work, shard=Shard.parse(config.shard), progress=out.name))
 
 
 def tell_cut_steps(reward: Any) -> None:

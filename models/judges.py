@@ -7,22 +7,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from ..basics import UserError
 from .engine import Sampling
-from .ledger import Ledger
+from .reward import StepScorer
 
 KINDS = ("prm", "critic", "served_prm", "served_critic")
-
-
-@runtime_checkable
-class StepScorer(Protocol):
-    """Scores steps, higher is better, for (problem, steps) pairs."""
-
-    name: str
-    ledger: Ledger
-    step_format: Any  # its `aggregation` is advised; a critic has one for that alone
-
-    def score(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
-        """Scores [B][T_b] of the steps of each solution."""
-        ...
 
 
 @runtime_checkable

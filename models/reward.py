@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -32,16 +33,21 @@ def aggregate(scores: Sequence[float], how: str) -> float:
     raise ValueError(f"aggregation must be last, min, prod or mean, found {how!r}")
 
 
+@runtime_checkable
 class StepScorer(Protocol):
-    """Whatever gives scores in (0, 1) to the steps of solutions: a reward model here, a served one, a language model as critic."""
+    """Whatever gives scores to the steps of solutions, higher is better: a reward model here, a served one, a critic."""
 
     name: str
-    step_format: StepFormat  # what the scores mean (label_kind) and how they become one number (aggregation)
+    step_format: Any  # what the scores mean (label_kind) and how they become one number (aggregation)
     ledger: Ledger
 
     def score(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """Step scores [B][T_b] of (prompt, steps) pairs, in the order asked."""
         ...
+
+
+class ValueScorer(StepScorer, Protocol):
+    """A scorer whose scores are values in (0, 1), of the empty prefix too."""
 
     def score_with_root(self, solutions: Sequence[tuple[str, Sequence[str]]]) -> list[list[float]]:
         """As `score`, with the score of the empty prefix in front: [B][1 + T_b]."""
@@ -132,7 +138,12 @@ class RewardModel:
 
     @torch.inference_mode()
     def score_encoded(self, solutions: Sequence[Encoded]) -> list[list[float]]:
-        """Scores at `read_at` of each, from token ids: the root's first where it is there. Equal solutions are computed once."""
+        """Scores at `read_at` of each, from token ids: the root's first where it is there. Equal solutions are computed once.
+
+        With a cache a prompt that several solutions share, and a solution that others extend, are encoded before them.
+        """
+        if self.cache is not None and (first := _begun_by_several(solutions, self.cache)):
+            self.score_encoded(first)
         results: list[list[float]] = [[] for _ in solutions]
         jobs = []
         first_of: dict[Encoded, int] = {}
@@ -225,3 +236,13 @@ class RewardModel:
 
 def _is_a_policy(name: str) -> UserError:
     return UserError(f"{name}: its step format says head: none, so it is a policy and not a reward model")
+
+
+def _begun_by_several(solutions: Sequence[Encoded], cache: PrefixCache) -> list[Encoded]:
+    """What others of the solutions begin with: new prompts of more than one of them, and solutions that another one extends."""
+    distinct = [one for one in dict.fromkeys(solutions) if one.rooted]
+    new = [one for one in distinct if cache.longest(one.ids, len(one.ids))[0] < one.prompt_length]
+    prompts = Counter((one.ids[: one.prompt_length], one.prompt_length) for one in new)
+    inner = {one.ids[: end + 1] for one in distinct for end in (one.root, *one.step_ends) if end + 1 < len(one.ids)}
+    shared = [Encoded(ids, length, ()) for (ids, length), count in prompts.items() if count > 1]
+    return list(dict.fromkeys([*shared, *(one for one in distinct if one.ids in inner)]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from ..basics import fold_seed
+from ..models.advantage import effective_rewards
 from ..models.engine import Engine, Request, Sample, Sampling, StopReason
-from ..models.reward import StepScorer, aggregate
+from ..models.reward import StepScorer, ValueScorer, aggregate
 from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
 from ..tasks.base import Problem
@@ -61,11 +64,18 @@ class StepPolicy:
         """Each state sampled on to its end, [B]."""
         return [found[0] for found in self._sample(states, [(s,) for s in seeds], ())]
 
+    def expand_greedily(self, states: Sequence[State]) -> list[State]:
+        """Each state [B] one step longer or done, by its most probable tokens."""
+        greedy = copy.copy(self)
+        greedy.sampling = dataclasses.replace(self.sampling, temperature=0.0)
+        return [row[0] for row in greedy.expand(states, [(0,)] * len(states))]
+
     def _sample(
         self, states: Sequence[State], seeds: Sequence[Sequence[int]], stop: tuple[str, ...]
     ) -> list[list[State]]:
-        # Room is a property of the state, and an engine call has one limit: states with equal room go together.
-        rooms: dict[int, list[int]] = {}
+        # Room is a property of the state, and an engine call has one limit: states with equal room go together. States of equal
+        # ids are one request, so that their prefix is encoded once.
+        rooms: dict[int, dict[tuple[int, ...], list[int]]] = {}
         children: list[list[State]] = [[] for _ in states]
         for index, state in enumerate(states):
             room = self.sampling.max_new_tokens - (len(state.ids) - state.prompt_length)
@@ -74,12 +84,14 @@ class StepPolicy:
                     seeds[index]
                 )
             else:
-                rooms.setdefault(self._ceiling(room), []).append(index)
-        for room, indices in rooms.items():
-            requests = [Request(states[i].ids, tuple(seeds[i])) for i in indices]
+                rooms.setdefault(self._ceiling(room), {}).setdefault(state.ids, []).append(index)
+        for room, prefixes in rooms.items():
+            requests = [Request(ids, tuple(s for i in where for s in seeds[i])) for ids, where in prefixes.items()]
             sampling = dataclasses.replace(self.sampling, max_new_tokens=room, stop=stop)
-            for i, samples in zip(indices, self.engine.generate(requests, sampling), strict=True):
-                children[i] = [self._child(states[i], sample) for sample in samples]
+            for where, samples in zip(prefixes.values(), self.engine.generate(requests, sampling), strict=True):
+                rest = iter(samples)
+                for i in where:
+                    children[i] = [self._child(states[i], next(rest)) for _ in seeds[i]]
         return children
 
     def _ceiling(self, room: int) -> int:
@@ -104,6 +116,54 @@ class StepPolicy:
         )
 
 
+class RevisionPolicy(StepPolicy):
+    """A step policy that is shown the earlier attempts of a chain, for a model that was trained to revise them.
+
+    The problem's text becomes `template` with ``{prompt}`` and ``{attempts}`` filled in, where each attempt is
+    `attempt_template` with its number and text, the oldest first. Attempts that do not fit into the context with room for
+    a whole solution are left out, the oldest first. Scorers still see the problem itself.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        step_format: StepFormat,
+        separator: str,
+        sampling: Sampling,
+        *,
+        template: str = "{prompt}\n\nEarlier attempts, which may be wrong:\n\n{attempts}",
+        attempt_template: str = "Attempt {number}:\n{attempt}\n\n",
+    ) -> None:
+        super().__init__(engine, step_format, separator, sampling)
+        if "{prompt}" not in template or "{attempts}" not in template or "{attempt}" not in attempt_template:
+            raise ValueError("a revision template needs {prompt} and {attempts}, an attempt template {attempt}")
+        self.template, self.attempt_template = template, attempt_template
+        self.left_out = 0  # attempts that did not fit
+
+    def again(self, root: State, earlier: Sequence[State]) -> State:
+        """The state before the first step of another attempt at `root`, after the finished attempts `earlier`."""
+        room = int(getattr(self.engine, "context", 2**31)) - self.sampling.max_new_tokens
+        for first in range(len(earlier) + 1):
+            shown = [
+                self.attempt_template.replace("{number}", str(number)).replace(
+                    "{attempt}", self.separator.join(state.steps)
+                )
+                for number, state in enumerate(earlier[first:], 1)
+            ]
+            if not shown:
+                break
+            # Piece by piece: a model may well write {prompt}.
+            parts = {"{prompt}": root.prompt, "{attempts}": "".join(shown)}
+            pieces = re.split(r"(\{prompt\}|\{attempts\})", self.template)
+            text = "".join(parts.get(piece, piece) for piece in pieces)
+            ids = self.step_format.encode_prompt(self.engine.tokenizer, text)
+            if len(ids) <= room:
+                self.left_out += first
+                return State(root.key, root.prompt, ids, len(ids))
+        self.left_out += len(earlier)
+        return root
+
+
 class RewardScorer:
     """Scores states by a reward model: step scores aggregated as its step format advises, or as told."""
 
@@ -111,5 +171,33 @@ class RewardScorer:
         self.reward, self.aggregation = reward, aggregation or reward.step_format.aggregation
 
     def __call__(self, states: Sequence[State]) -> list[float]:
+        scores = self.reward.score([(state.prompt, state.steps) for state in states])
+        return [aggregate(one, self.aggregation) for one in scores]
+
+
+class EffectiveScorer:
+    """Guides by Q + alpha A, progress beside value (PAV, arXiv:2410.08146 section 3), and chooses among finished
+    solutions by Q.
+
+    Q_t is the reward model's score after t steps, Q_0 that of the empty prefix. The prover is Best-of-K of the policy, in
+    closed form: mu_t = 1 - (1 - Q_t)^K, and A_t = mu_t - mu_(t-1). With `aggregation` last, as in the paper, the newest
+    step counts.
+    """
+
+    def __init__(self, reward: ValueScorer, aggregation: str = "", *, alpha: float = 0.5, prover_k: int = 4) -> None:
+        if prover_k < 1:
+            raise ValueError(f"prover_k must be 1 or more, found {prover_k}")
+        self.reward, self.aggregation = reward, aggregation or reward.step_format.aggregation
+        self.alpha, self.prover_k = alpha, prover_k
+
+    def __call__(self, states: Sequence[State]) -> list[float]:
+        scores = self.reward.score_with_root([(state.prompt, state.steps) for state in states])
+        return [aggregate(self._effective(one), self.aggregation) for one in scores]
+
+    def _effective(self, values: Sequence[float]) -> list[float]:
+        return effective_rewards(values, alpha=self.alpha, k=self.prover_k)
+
+    def final(self, states: Sequence[State]) -> list[float]:
+        """Q alone."""
         scores = self.reward.score([(state.prompt, state.steps) for state in states])
         return [aggregate(one, self.aggregation) for one in scores]

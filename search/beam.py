@@ -1,78 +1,61 @@
-"""PRM beam search (arXiv:2408.03314 section 5.2), for many problems at once."""
+"""PRM beam search (arXiv:2408.03314 section 5.2), with lookahead, for many problems at once."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..basics import fold_seed
 from .base import Policy, Scorer, SearchResult, State
+from .loop import Growth, Node, Tree, check, distinct, ranked, search
 
 
 def beam_search(
-    roots: Sequence[State], policy: Policy, scorer: Scorer, *, beams: int, width: int, max_depth: int, seed: int
+    roots: Sequence[State],
+    policy: Policy,
+    scorer: Scorer,
+    *,
+    beams: int = 16,
+    width: int = 4,
+    max_depth: int = 40,
+    lookahead: int = 0,
+    dedupe: bool = False,
+    seed: int = 0,
 ) -> list[SearchResult]:
     """`beams` finished solutions for each root, grown step by step from the best `beams / width` prefixes.
 
-    One expand and one score call a depth for all roots together. At each depth a root has `slots = beams - finished` children:
-    the best ceil(slots / width) unfinished prefixes share them, earlier ranks taking one more where they do not divide. Ties
-    keep the order of sampling. A finished solution leaves the pool at once and does not compete, so that a root always ends
-    with exactly `beams` solutions and never costs more than `beams` independent samples. (Open implementations refill to
-    `beams` copies instead and drop what finishes late, which costs more for the same number of solutions.) What is unfinished
-    at `max_depth` is sampled on to its end without a further choice. If every child of a root has finished the root is done.
+    One expand and one score call a depth for all roots together. At each depth a root has `slots = beams - finished`
+    children: the best ceil(slots / width) unfinished prefixes share them, earlier ranks taking one more where they do not
+    divide. Ties keep the order of sampling. A finished solution leaves the pool at once and does not compete, so that a
+    root always ends with exactly `beams` solutions and never costs more than `beams` independent samples. (Open
+    implementations refill to `beams` copies instead and drop what finishes late, which costs more for the same number of
+    solutions.) What is unfinished at `max_depth` is sampled on to its end without a further choice. If every child of a
+    root has finished the root is done.
+
+    `lookahead` k judges a prefix by the score after k greedy steps more, which costs about k + 1 times as much. With `dedupe`
+    prefixes of the same steps compete once, the first of them.
     """
     if not 1 <= width <= beams:
         raise ValueError(f"1 <= width <= beams must hold, found width {width} and beams {beams}")
-    finals: list[list[State]] = [[] for _ in roots]
-    depths = [0] * len(roots)
-    # What is to be expanded: (root, prefix, number of children).
-    plan = [(r, root, beams) for r, root in enumerate(roots)]
-    for depth in range(1, max_depth + 1):
-        if not plan:
-            break
-        if depth == max_depth:
-            again = [(r, state) for r, state, count in plan for _ in range(count)]
-            seeds = [fold_seed(seed, state.key, "finish", depth, k) for k, (_, state) in _ranked(again)]
-            for (r, _), final in zip(again, policy.finish([s for _, s in again], seeds), strict=True):
-                finals[r].append(final)
-                depths[r] = depth
-            break
-        seeds_of, offset = [], [0] * len(roots)
-        for r, state, count in plan:
-            seeds_of.append([fold_seed(seed, state.key, "beam", depth, offset[r] + k) for k in range(count)])
-            offset[r] += count
-        grown = policy.expand([state for _, state, _ in plan], seeds_of)
-        open_states: list[tuple[int, State]] = []
-        for (r, _, _), children in zip(plan, grown, strict=True):
-            depths[r] = depth
-            for child in children:
-                if child.done:
-                    finals[r].append(child)
-                else:
-                    open_states.append((r, child))
-        scores = scorer([state for _, state in open_states]) if open_states else []
-        pools: dict[int, list[tuple[float, State]]] = {}
-        for (r, state), score in zip(open_states, scores, strict=True):
-            pools.setdefault(r, []).append((score, state))
-        plan = []
-        for r, pool in pools.items():
-            slots = beams - len(finals[r])
-            keep = sorted(pool, key=lambda pair: -pair[0])[: -(-slots // width)]
-            share, more = divmod(slots, len(keep))
-            plan += [(r, state, share + (rank < more)) for rank, (_, state) in enumerate(keep)]
-    everything = [state for found in finals for state in found]
-    final_scores = iter(scorer(everything) if everything else [])
-    return [
-        SearchResult(tuple(found), tuple(next(final_scores) for _ in found), depth)
-        for found, depth in zip(finals, depths, strict=True)
-    ]
+    check(1, max_depth=max_depth)
+    check(0, lookahead=lookahead)
 
+    def grow(tree: Tree) -> Growth:
+        finals: list[Node] = []
+        plan = [(tree.root, beams)]
+        for depth in range(1, max_depth + 1):
+            last = depth == max_depth
+            shares = tree.shares(plan, "finish" if last else "beam", depth)
+            children = [child for row in (yield from tree.grow(shares, to_the_end=last)) for child in row]
+            finals += [child for child in children if child.state.done]
+            pool = [child for child in children if not child.state.done]
+            if not pool:
+                break
+            if dedupe:
+                pool = distinct(pool)
+            yield from tree.score(pool, lookahead=lookahead)
+            slots = beams - len(finals)
+            kept = ranked(pool)[: -(-slots // width)]
+            share, more = divmod(slots, len(kept))
+            plan = [(node, share + (rank < more)) for rank, node in enumerate(kept)]
+        return finals, None
 
-def _ranked(items: Sequence[tuple[int, State]]) -> list[tuple[int, tuple[int, State]]]:
-    """Each item with its rank among the items of the same root."""
-    counts: dict[int, int] = {}
-    ranked = []
-    for item in items:
-        rank = counts.get(item[0], 0)
-        counts[item[0]] = rank + 1
-        ranked.append((rank, item))
-    return ranked
+    return search(roots, policy, scorer, grow, seed=seed)

@@ -16,7 +16,8 @@ from stepladder.launch.cli import main
 from stepladder.launch.pipeline import load_recipe, plan
 from stepladder.models.lab import lab_config
 
-RECIPES = sorted((Path(stages.__file__).parents[1] / "recipes").glob("**/*.yaml"))
+FOLDER = Path(stages.__file__).parents[1] / "recipes"
+RECIPES = sorted(FOLDER.glob("**/*.yaml"))
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import pytest
 
+from stepladder import models
 from stepladder.models.engine import Sampling
+from stepladder.models.loading import load_engine
 from stepladder.models.prefix_cache import PrefixCache
 from stepladder.models.reward import RewardModel, aggregate
 from stepladder.models.step_format import StepFormat
 from stepladder.models.transformers_engine import TransformersEngine
-from stepladder.search.adapters import RewardScorer, StepPolicy
+from stepladder.search.adapters import EffectiveScorer, RevisionPolicy, RewardScorer, StepPolicy
 from stepladder.search.base import State
 from stepladder.search.beam import beam_search
+from stepladder.search.best_of_n import best_of_n, step_best_of_n
+from stepladder.search.dvts import dvts
+from stepladder.search.mcts import mcts
+from stepladder.search.particles import particle_filter
+from stepladder.search.rebase import rebase
+from stepladder.search.revisions import revisions
+from stepladder.search.step_beam import step_beam
+from stepladder.search.tree_of_thoughts import tot_bfs
 from stepladder.tasks.base import Problem
 from stepladder.tasks.chain import ChainArith
 
@@ -164,3 +177,176 @@ def test_a_search_with_caches_equals_one_without(lab_words, tiny_policy, tiny_sc
     plain, saving = ledgers
     assert saving.prefilled_tokens < 0.5 * plain.prefilled_tokens
     assert saving.reward_tokens < plain.reward_tokens
+
+
+# --- nothing is encoded twice ------------------------------------------------------------------------------------------
+
+
+def steps_of(result):
+    """All steps of each node."""
+    steps = [()]
+    for node in result.nodes[1:]:
+        steps.append(steps[node.parent] + node.steps)
+    return steps
+
+
+def scored_once(results, encode) -> int:
+    """Tokens of the prompts, and of every different prefix that was scored beyond the one that it grew from."""
+    tokens = {}
+    for result in results:
+        steps = steps_of(result)
+        prompt = result.finals[0].prompt
+        tokens[prompt, ()] = len(encode(prompt, ()).ids)
+        for node, whole in zip(result.nodes[1:], steps[1:], strict=True):
+            if node.score is not None:
+                before = len(encode(prompt, steps[node.parent]).ids)
+                tokens[prompt, whole] = len(encode(prompt, whole).ids) - before
+    return sum(tokens.values())
+
+
+SEARCHES = {
+    "best_of_n": (best_of_n, {"n": 6}),
+    "beam": (beam_search, {"beams": 6, "width": 3}),
+    "dvts": (dvts, {"n": 6, "width": 3}),
+    "particles": (particle_filter, {"n": 6}),
+    "rebase": (rebase, {"n": 6}),
+    "step_beam": (step_beam, {"beams": 2, "width": 3}),
+    "tot_bfs": (tot_bfs, {"beams": 2, "width": 3}),
+    "mcts": (mcts, {"simulations": 12, "width": 3}),
+    "mcts, scored": (mcts, {"simulations": 12, "width": 3, "unvisited": "score"}),
+}
+
+
+@pytest.fixture(scope="module")
+def lab_model():
+    """The lab's policy: solutions of real lines."""
+    return load_engine(str(Path(models.__file__).parent / "lab_policy"), device="cpu")
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_growing_prefix_is_never_encoded_twice(lab_model, tiny_scorer, name):
+    """Prefill: the prompt once and one token a node that is gone on from. Reward model: what is new of every prefix, once."""
+    task = ChainArith(p=7, min_steps=4, max_steps=6, sizes={"test": 3})
+    words = lab_model.tokenizer
+    step_format = StepFormat.for_policy(words, "\n")
+    engine = TransformersEngine(lab_model.model, words, cache=PrefixCache())
+    reward = RewardModel(tiny_scorer(words), words, step_format.for_reward("scalar", "hard"), cache=PrefixCache())
+    policy, scorer = StepPolicy(engine, step_format, "\n", Sampling(64)), RewardScorer(reward, "last")
+    strategy, settings = SEARCHES[name]
+    roots = [policy.root(problem) for problem in task.problems("test")]
+    results = strategy(roots, policy, scorer, **settings)
+    assert name == "best_of_n" or max(result.depth for result in results) >= 4
+    assert engine.ledger.generated_tokens >= sum(result.tokens for result in results)
+    prompts = sum(len(root.ids) for root in roots)
+    grown = {
+        (result.finals[0].prompt, steps)
+        for result in results
+        for node, steps in zip(result.nodes, steps_of(result), strict=True)
+        if node.status == "kept" and steps
+    }
+    # The newest token of a prefix has not been through the model when the prefix is gone on from.
+    assert engine.ledger.prefilled_tokens == prompts + len(grown)
+    assert reward.ledger.reward_tokens <= scored_once(results, lambda p, steps: step_format.encode(words, p, steps))
+    # What was scored is known: choosing among the solutions costs nothing more.
+    before = reward.ledger.reward_tokens
+    scorer([state for result in results for state in result.finals])
+    assert reward.ledger.reward_tokens == before > 0
+
+
+def test_the_cost_of_a_search_is_linear_in_its_steps(lab_words, markov_policy, tiny_scorer):
+    """A line of six tokens again and again: every further step costs the same; without caches it costs more and more."""
+    costs = {}
+    for cached in (True, False):
+        costs[cached] = []
+        for length in (30, 60, 90):
+            policy = table_policy(lab_words, markov_policy, "3 + 5 = 8 \n", limit=length, context=256)
+            ids = lab_words("3 + 5 = 8 \n")["input_ids"]
+            policy.engine.model.lm_head.weight.data[:, ids[-1]] = 0
+            policy.engine.model.lm_head.weight.data[ids[0], ids[-1]] = 10.0
+            step_format = policy.step_format.for_reward("scalar", "hard")
+            cache = PrefixCache() if cached else None
+            policy.engine.cache = cache
+            reward = RewardModel(
+                tiny_scorer(lab_words), lab_words, step_format, cache=PrefixCache() if cached else None
+            )
+            root = State("x", "3 + 5 = 8 \n", tuple(ids), len(ids))
+            step_best_of_n([root], policy, RewardScorer(reward, "last"), n=2)
+            costs[cached].append((policy.engine.ledger.prefilled_tokens, reward.ledger.reward_tokens))
+    for which in (0, 1):
+        saved, plain = ([cost[which] for cost in costs[cached]] for cached in (True, False))
+        assert saved[2] - saved[1] == saved[1] - saved[0]  # linear
+        assert plain[2] - plain[1] > 1.4 * (plain[1] - plain[0])  # quadratic
+        assert saved[2] < plain[2] / 4
+
+
+# --- effective reward and revisions ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregation", ["", "mean"])
+def test_the_effective_scorer_guides_by_progress_and_chooses_by_value(lab_words, tiny_scorer, aggregation):
+    step_format = StepFormat.for_policy(lab_words, "\n").for_reward("scalar", "soft")
+    reward = RewardModel(tiny_scorer(lab_words), lab_words, step_format)
+    scorer = EffectiveScorer(reward, aggregation, alpha=0.5, prover_k=4)
+    states = [
+        State("x", PROBLEM.prompt, (), 0, ("3 + 5 = 8", "Answer: 8"), done=True),
+        State("x", PROBLEM.prompt, (), 0, ("3 + 5 = 9",)),
+        State("x", PROBLEM.prompt, (), 0, ()),
+    ]
+    values = reward.score_with_root([(s.prompt, s.steps) for s in states])
+    # Best of 4 in closed form, and its progress over the step before.
+    mu = lambda q: 1 - (1 - q) ** 4
+    steps = [[q + 0.5 * (mu(q) - mu(before)) for before, q in itertools.pairwise(one)] for one in values]
+    want = [aggregate(one, aggregation or "last") for one in steps]
+    assert scorer(states) == pytest.approx(want)
+    assert scorer.final(states) == pytest.approx(RewardScorer(reward, aggregation)(states))
+    assert scorer(states)[1] != pytest.approx(scorer.final(states)[1])
+    assert scorer(states)[2] == 0.0
+    with pytest.raises(ValueError, match="prover_k must be 1"):
+        EffectiveScorer(reward, prover_k=0)
+
+
+def test_the_most_probable_step(lab_words, tiny_policy):
+    engine = TransformersEngine(tiny_policy(lab_words), lab_words)
+    policy = StepPolicy(engine, StepFormat.for_policy(lab_words, "\n"), "\n", Sampling(30, temperature=1.5))
+    state = policy.root(PROBLEM)
+    cold = StepPolicy(engine, policy.step_format, "\n", Sampling(30, temperature=0.0))
+    want = cold.expand([state], [[7]])[0][0]
+    assert [found.ids for found in policy.expand_greedily([state, state])] == [want.ids] * 2
+    assert policy.sampling.temperature == 1.5
+
+
+def test_states_that_are_finished_several_times_are_encoded_once(lab_words, tiny_policy):
+    engine = TransformersEngine(tiny_policy(lab_words), lab_words)
+    policy = StepPolicy(engine, StepFormat.for_policy(lab_words, "\n"), "\n", Sampling(20))
+    a, b = (policy.root(Problem(key, f"Start {n} ; + 5 \n", "8")) for key, n in (("a", 3), ("b", 4)))
+    ends = policy.finish([a, b, a, a], [1, 2, 3, 1])
+    assert engine.ledger.prefilled_tokens == len(a.ids) + len(b.ids)
+    alone = [policy.finish([state], [seed])[0] for state, seed in ((a, 1), (b, 2), (a, 3))]
+    assert [s.ids for s in ends] == [s.ids for s in (*alone, alone[0])]
+    assert [s.key for s in ends] == ["a", "b", "a", "a"]
+
+
+def test_a_revision_is_shown_earlier_attempts(lab_words, tiny_policy):
+    engine = TransformersEngine(tiny_policy(lab_words, context=50), lab_words)
+    policy = RevisionPolicy(
+        engine, StepFormat.for_policy(lab_words, "\n"), "\n", Sampling(20),
+        template="{attempts}{prompt}", attempt_template="{number} ; {attempt} \n",
+    )  # fmt: skip
+    root = policy.root(PROBLEM)
+    earlier = [State("x", PROBLEM.prompt, (), 0, ("3 + 5 = 9", "Answer: 9"), done=True)] * 2
+    state = policy.again(root, earlier)
+    text = "1 ; 3 + 5 = 9 \n Answer: 9 \n 2 ; 3 + 5 = 9 \n Answer: 9 \n Start 3 ; + 5 \n"
+    assert state.ids == tuple(lab_words(text)["input_ids"])
+    assert (state.prompt, state.steps, state.prompt_length) == (PROBLEM.prompt, (), len(state.ids))
+    [end] = policy.finish([state], [0])
+    assert end.steps
+    assert end.prompt_length == len(state.ids)
+    # 50 tokens of context, 20 of them for a solution: the oldest attempts are left out, and counted.
+    many = policy.again(root, earlier * 3)
+    assert many.ids == state.ids
+    assert policy.left_out == 4
+    assert policy.again(root, []) == root
+    found = revisions([root], policy, lambda states: [0.5] * len(states), n=3)
+    assert len(found[0].finals) == 3
+    with pytest.raises(ValueError, match=r"needs \{prompt\} and \{attempts\}"):
+        RevisionPolicy(engine, policy.step_format, "\n", Sampling(20), template="{prompt}")

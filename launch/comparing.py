@@ -1,0 +1,351 @@
+"""search.compare: strategies at several budgets, read off at equal cost, by difficulty, and as curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..basics import UserError, fold_seed, make_folder, read_json, write_json
+from ..data_gen.rows import Solution
+from ..data_gen.searched import read_searches
+from ..data_gen.store import read_about, read_rows
+from ..models.ledger import Ledger
+from ..search.analysis import compute_optimal, coverage, difficulty_levels, fit_power_law, log_spaced, vote_of_k
+from ..search.choose import best_credit, best_of_k, paired_bootstrap, pass_at_k, vote_credit
+from ..tasks.load import load_task
+from . import options_search
+from .claims import VALUES
+from .evaluate import DETAILS, RESULTS, record
+from .making import _split
+from .making_search import ABOUT_FILE, Loaded, make_search
+from .options import first, required
+from .options_search import UNGUIDED
+
+# How an answer is chosen among what a search found: its own choice, weighted vote, plain vote, and the bound of any choice.
+RULES = ("best", "weighted", "majority", "pass")
+MATCHED = "accuracy_at_equal_flops"
+
+
+@dataclass
+class Pool:
+    """What a search found for one problem."""
+
+    answers: list[str | None]
+    right: list[bool]
+    scores: list[float]
+    chosen: int
+    steps: list[int]
+
+    def credit(self, rule: str) -> float:
+        """Expected correctness of the answer that a rule chooses."""
+        if rule == "pass":
+            return float(any(self.right))
+        if rule == "majority":
+            return vote_credit(self.answers, self.right)
+        if rule == "weighted":
+            return vote_credit(self.answers, self.right, self.scores)
+        # A search's own choice is one of those that tie for the best score, unless it goes by something else (MCTS).
+        if self.scores[self.chosen] == max(self.scores):
+            return best_credit(self.scores, self.right)
+        return float(self.right[self.chosen])
+
+    def credit_of(self, rule: str, k: int, seed: int) -> float:
+        """The same of k samples drawn from a pool of independent ones."""
+        if k == len(self.answers):
+            return self.credit(rule)
+        if rule == "pass":
+            return pass_at_k(len(self.right), sum(self.right), k)
+        if rule == "best":
+            return best_of_k(self.scores, self.right, k)
+        return vote_of_k(self.answers, self.right, k, self.scores if rule == "weighted" else None, seed=seed)
+
+
+@dataclass
+class Run:
+    """One strategy at one budget: correctness by rule and problem, and what each rule costs."""
+
+    arm: str
+    budget: int
+    values: dict[str, dict[str, float]]
+    ledgers: dict[str, Ledger]
+    about: dict[str, float] = field(default_factory=dict)  # means over problems that tell how the search behaves
+
+
+def compare_searches(config: options_search.Compare, out: Path) -> None:
+    """Runs every arm at every budget (a killed comparison continues), and writes results.json, curves and report.html."""
+    from .report_search import write_comparison
+    from .tables import format_table
+
+    if not config.arms:
+        raise UserError("arms is missing: name -> strategy, settings, budgets")
+    if any(arm.strategy not in UNGUIDED for arm in config.arms.values()):
+        required(config, "reward")
+    searches = config.searches()
+    task = load_task(config.task)
+    ids = [problem.id for problem in first(_split(task, config.split), config.limit)]
+    loaded, unfinished = Loaded(), []
+    for (name, budget), search in searches.items():
+        if not _from_pool(config, name, budget) and not make_search(search, _folder(out, name, budget), loaded):
+            unfinished.append(f"{name}@{budget}")
+    if unfinished:
+        raise UserError(
+            f"{out}: other shards of {', '.join(unfinished)} are not finished; run this again when they are"
+        )
+    pools = {
+        (name, budget): read_pools(_folder(out, name, budget))
+        for name, budget in searches
+        if not _from_pool(config, name, budget)
+    }
+    runs: dict[tuple[str, int], Run] = {}
+    for name, budget in searches:
+        largest = config.budgets_of(config.arms[name])[-1] if _from_pool(config, name, budget) else budget
+        unguided = config.arms[name].strategy in UNGUIDED
+        folder = _folder(out, name, largest)
+        runs[name, budget] = measure(name, budget, largest, pools[name, largest], ids, folder, unguided, config.seed)
+    reference = config.reference or next(
+        (n for n, arm in config.arms.items() if arm.strategy == "best_of_n"), next(iter(config.arms))
+    )
+    records: list[dict[str, Any]] = []
+    values: list[dict[str, Any]] = []
+
+    def add(
+        arm: str, metric: str, found: Mapping[str, float], ledger: Ledger, base: Mapping[str, float] | None = None
+    ) -> None:
+        some = [found[i] for i in ids]
+        interval = paired_bootstrap(some, None if base is None else [base[i] for i in ids], seed=config.seed)
+        records.append(record(arm, metric, interval, len(ids), config.seed, ledger))
+        if base is None:
+            values.append({"arm": arm, "metric": metric, "values": dict(found)})
+
+    for (name, budget), run in runs.items():
+        for rule in RULES:
+            add(f"{rule}/{name}@{budget}", "accuracy", run.values[rule], run.ledgers[rule])
+    matched: list[dict[str, Any]] = []
+    pool = next((n for n, arm in config.arms.items() if arm.strategy == "best_of_n"), None)
+    easiness = _easiness(pools, pool, config) if pool is not None and config.levels else {}
+    choices: dict[str, Any] = {}
+    for budget in config.budgets_of(config.arms[reference]):
+        for rule in ("best", "weighted"):
+            base = runs[reference, budget]
+            allowed = base.ledgers[rule].flops * (1 + config.slack)
+            at = {name: within(runs, name, rule, allowed) for name in config.arms}
+            at[reference] = base
+            found = {name: run for name, run in at.items() if run is not None}
+            for name, run in found.items():
+                arm = f"{rule}/{name}~{budget}"
+                add(arm, MATCHED, run.values[rule], run.ledgers[rule])
+                if name != reference:
+                    add(arm, f"{MATCHED}_minus_{reference}", run.values[rule], run.ledgers[rule], base.values[rule])
+                matched.append({"rule": rule, "arm": name, "at": budget, "budget": run.budget, "allowed": allowed})
+            for kind, easy in easiness.items():
+                levels = difficulty_levels({i: easy.get(i, 0.0) for i in ids}, config.levels)
+                chosen = compute_optimal({n: r.values[rule] for n, r in found.items()}, levels, seed=config.seed)
+                arm = f"{rule}/compute_optimal_{kind}~{budget}"
+                spent = _mean_ledger(found, chosen.choices, levels)
+                add(arm, MATCHED, chosen.values, spent)
+                add(arm, f"{MATCHED}_minus_{reference}", chosen.values, spent, base.values[rule])
+                choices[f"{rule}, {kind}, {budget}"] = {
+                    str(level): [chosen.choices.get((fold, level), "") for fold in (0, 1)]
+                    for level in sorted(set(levels.values()))
+                }
+        if pool is not None and (rival := _votes_within(config, pools, runs, pool, budget, reference, ids, out)):
+            add(f"majority/{pool}~{budget}", MATCHED, rival.values["majority"], rival.ledgers["majority"])
+            matched.append({"rule": "majority", "arm": pool, "at": budget, "budget": rival.budget, "allowed": None})
+    by_level: list[dict[str, Any]] = []
+    if "oracle" in easiness:
+        levels = difficulty_levels({i: easiness["oracle"].get(i, 0.0) for i in ids}, config.levels)
+        for level in sorted(set(levels.values())):
+            group = [i for i in ids if levels[i] == level]
+            for (name, budget), run in runs.items():
+                mean = paired_bootstrap([run.values["weighted"][i] for i in group], seed=config.seed, resamples=1000)
+                arm, metric = f"weighted/{name}@{budget}", f"accuracy_level_{level}"
+                by_level.append(record(arm, metric, mean, len(group), config.seed, run.ledgers["weighted"]))
+    law = _coverage(pools, pool, config) if pool is not None else None
+    if law:
+        n = len(ids)
+        records += [
+            record(f"pass/{pool}", f"coverage_law_{key}", law["law"][key], n, config.seed)
+            for key in ("a", "b", "rmse")
+            if law["law"]
+        ]
+    details = {
+        "reference": reference,
+        "problems": len(ids),
+        "runs": [
+            {
+                "arm": run.arm,
+                "budget": run.budget,
+                "accuracy": {rule: sum(run.values[rule][i] for i in ids) / len(ids) for rule in RULES},
+                "flops": {rule: run.ledgers[rule].flops / len(ids) for rule in RULES},
+                "tokens": run.ledgers["best"].generated_tokens / len(ids),
+                "ledger": run.ledgers["best"].to_json(),
+                "about": run.about,
+            }
+            for run in runs.values()
+        ],
+        "matched": matched,
+        "choices": choices,
+        "coverage": law,
+    }
+    write_json(make_folder(out) / DETAILS, {"search": details})
+    write_json(out / VALUES, values)
+    write_comparison(out, records + by_level, details, title=f"Search on {task.name}")
+    write_json(out / RESULTS, records + by_level)
+    print(format_table([r for r in records if r["metric"] == "accuracy"]))
+    print(f"\nresults: {out / RESULTS}\nreport:  {out / 'report.html'}")
+
+
+def _folder(out: Path, name: str, budget: int) -> Path:
+    return out / f"{name}@{budget}"
+
+
+def _from_pool(config: options_search.Compare, name: str, budget: int) -> bool:
+    """Whether an arm's budget is read off a larger pool of independent samples instead of being run."""
+    arm = config.arms[name]
+    return arm.strategy == "best_of_n" and budget < config.budgets_of(arm)[-1]
+
+
+def read_pools(folder: Path) -> dict[str, Pool]:
+    """What a finished search found, problem by problem."""
+    steps: dict[str, list[int]] = {}
+    for row in read_rows(folder, Solution):
+        steps.setdefault(row.problem_id, []).append(len(row.steps))
+    pools = {}
+    for one in read_searches(folder):
+        finals = one["finals"]
+        pools[one["problem_id"]] = Pool(
+            answers=[f["answer"] for f in finals],
+            right=[f["outcome"] == "right" for f in finals],
+            scores=[f["score"] for f in finals],
+            chosen=one["chosen"],
+            steps=steps[one["problem_id"]],
+        )
+    return pools
+
+
+def measure(
+    name: str, budget: int, largest: int, pools: Mapping[str, Pool], ids: Sequence[str], folder: Path, unguided: bool,
+    seed: int,
+) -> Run:  # fmt: skip
+    """One arm at one budget, read off pools of `largest` samples. A problem without a row counts as wrong."""
+    values: dict[str, dict[str, float]] = {}
+    for rule in RULES:
+        values[rule] = {}
+        for i in ids:
+            pool = pools.get(i)
+            if pool is None:
+                values[rule][i] = 0.0
+            elif budget == largest:
+                values[rule][i] = pool.credit(rule)
+            else:
+                values[rule][i] = pool.credit_of(rule, min(budget, len(pool.answers)), fold_seed(seed, i, budget))
+    sizes = read_json(folder / ABOUT_FILE)["parameters"]
+    ledger = scaled(Ledger(**read_about(folder)["ledger"]), budget / largest, sizes)
+    votes = without_reward(ledger, sizes) if unguided else ledger
+    some = list(pools.values())
+    about = {
+        "solutions": sum(len(p.answers) for p in some) / len(some) * budget / largest,
+        "steps_of_the_chosen": sum(p.steps[p.chosen] for p in some) / len(some),
+        "different_answers": sum(len({a for a in p.answers if a is not None}) for p in some) / len(some),
+    }
+    ledgers = {rule: votes if rule in ("majority", "pass") else ledger for rule in RULES}
+    return Run(name, budget, values, ledgers, about if budget == largest else {"solutions": about["solutions"]})
+
+
+def scaled(ledger: Ledger, share: float, sizes: Mapping[str, int]) -> Ledger:
+    """What a share of the independent samples of a pool would have cost: the prompt whole, everything else in part."""
+    if share == 1:
+        return ledger
+    part = Ledger(
+        generated_tokens=round(ledger.generated_tokens * share),
+        prefilled_tokens=ledger.prefilled_tokens,
+        reward_tokens=round(ledger.reward_tokens * share),
+        policy_calls=round(ledger.policy_calls * share),
+        seconds=ledger.seconds * share,
+    )
+    part.flops = 2.0 * sizes["policy"] * (part.generated_tokens + part.prefilled_tokens)
+    part.flops += 2.0 * sizes["reward"] * part.reward_tokens
+    return part
+
+
+def without_reward(ledger: Ledger, sizes: Mapping[str, int]) -> Ledger:
+    """The ledger of a rule that asks no reward model."""
+    rest = ledger.copy()
+    rest.flops -= 2.0 * sizes["reward"] * rest.reward_tokens
+    rest.reward_tokens = 0
+    return rest
+
+
+def within(runs: Mapping[tuple[str, int], Run], name: str, rule: str, flops: float) -> Run | None:
+    """The most expensive run of an arm that costs no more than `flops`; None if all cost more."""
+    inside = [run for (n, _), run in runs.items() if n == name and run.ledgers[rule].flops <= flops * (1 + 1e-9)]
+    return max(inside, key=lambda run: run.ledgers[rule].flops, default=None)
+
+
+def _votes_within(
+    config: options_search.Compare,
+    pools: Mapping[tuple[str, int], Mapping[str, Pool]],
+    runs: Mapping[tuple[str, int], Run],
+    pool: str,
+    budget: int,
+    reference: str,
+    ids: Sequence[str],
+    out: Path,
+) -> Run | None:
+    """Majority among as many samples as the reference's cost buys without a reward model, as far as the pool reaches."""
+    largest = config.budgets_of(config.arms[pool])[-1]
+    allowed = runs[reference, budget].ledgers["best"].flops
+    whole = runs[pool, largest].ledgers["majority"].flops
+    folder = _folder(out, pool, largest)
+    sizes = read_json(folder / ABOUT_FILE)["parameters"]
+    ledger = Ledger(**read_about(folder)["ledger"])
+    fixed = 2.0 * sizes["policy"] * ledger.prefilled_tokens
+    if whole <= fixed or allowed <= fixed:
+        return None
+    k = min(largest, math.floor(largest * (allowed - fixed) / (whole - fixed) + 1e-9))
+    return measure(pool, k, largest, pools[pool, largest], ids, folder, True, config.seed) if k >= 1 else None
+
+
+def _easiness(
+    pools: Mapping[tuple[str, int], Mapping[str, Pool]], pool: str, config: options_search.Compare
+) -> dict[str, dict[str, float]]:
+    """How easy each problem is: by its share of right samples, and by the mean score, which needs no reference answer."""
+    samples = pools[pool, config.budgets_of(config.arms[pool])[-1]]
+    easy = {"oracle": {i: sum(p.right) / len(p.right) for i, p in samples.items()}}
+    if config.reward:
+        easy["predicted"] = {i: sum(p.scores) / len(p.scores) for i, p in samples.items()}
+    return easy
+
+
+def _mean_ledger(found: Mapping[str, Run], choices: Mapping[tuple[int, int], str], levels: Mapping[str, int]) -> Ledger:
+    """About what a choice by level costs: each level's share of problems at the mean cost of what was chosen for it."""
+    total = Ledger()
+    for level in set(levels.values()):
+        names = [name for (_, at), name in choices.items() if at == level]
+        share = sum(v == level for v in levels.values()) / len(levels) / len(names)
+        for name in names:
+            cost = found[name].ledgers["best"].to_json()
+            parts = {key: value * share for key, value in cost.items()}
+            total = total + Ledger(**{k: v if k in ("flops", "seconds") else round(v) for k, v in parts.items()})  # type: ignore[arg-type]
+    return total
+
+
+def _coverage(
+    pools: Mapping[tuple[str, int], Mapping[str, Pool]], pool: str, config: options_search.Compare
+) -> dict[str, Any]:
+    """Coverage over k with the fitted law (None where it cannot be fitted), and how many problems have which share right."""
+    most = config.budgets_of(config.arms[pool])[-1]
+    counts = [(len(p.right), sum(p.right)) for p in pools[pool, most].values()]
+    ks = [k for k in log_spaced(most) if all(k <= n for n, _ in counts)]
+    values = [coverage(counts, k) for k in ks]
+    law: dict[str, float] = {}
+    try:
+        fit = fit_power_law(ks, values)
+        law = {"a": fit.a, "b": fit.b, "rmse": fit.rmse, "worst": fit.worst}
+    except ValueError as error:
+        print(f"coverage: no power law ({error})", flush=True)
+    shares = [sum(1 for n, c in counts if i <= 10 * c / n < i + 1 or (i == 9 and c == n)) for i in range(10)]
+    return {"k": ks, "coverage": values, "law": law, "right_share_histogram": shares}

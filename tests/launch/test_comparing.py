@@ -1,0 +1,248 @@
+"""search.compare: costs, matched budgets, the choice by difficulty, files; checked against its own rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stepladder import models
+from stepladder.basics import read_json
+from stepladder.data_gen.rows import Solution
+from stepladder.data_gen.store import read_about, read_rows
+from stepladder.launch import charts, comparing
+from stepladder.launch.cli import main
+from stepladder.launch.options_search import Compare
+from stepladder.models.ledger import Ledger
+from stepladder.models.loading import load_tokenizer
+from stepladder.models.reward import RewardModel
+from stepladder.models.step_format import StepFormat
+
+POLICY = str(Path(models.__file__).parent / "lab_policy")
+TASK = {"kind": "chain", "p": 7, "min_steps": 4, "max_steps": 5, "sizes": {"test": 12}}
+ARMS = {
+    "best_of_n": {"strategy": "best_of_n", "budgets": [1, 4, 8]},
+    "beam": {"strategy": "beam"},
+    "pav": {"strategy": "beam", "alpha": 1.0, "settings": {"max_depth": 6}},
+    "mcts": {"strategy": "mcts", "settings": {"width": 2}, "budgets": [3, 6]},
+}
+
+
+def compare(out: Path, prm: str, *more: str, arms: Any = None) -> Path:
+    main([
+        "search", "compare", "--out", str(out), "--task", json.dumps(TASK), "--policy", POLICY, "--reward", f"'{prm}'",
+        "--arms", json.dumps(ARMS if arms is None else arms), "--budgets", "[2, 4]", "--max_new_tokens", "64",
+        "--unit_problems", "6", "--levels", "2", "--device", "cpu", *more,
+    ])  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def prm(tmp_path_factory: pytest.TempPathFactory, tiny_scorer: Any) -> str:
+    folder = tmp_path_factory.mktemp("prm")
+    words = load_tokenizer(POLICY)
+    with torch.random.fork_rng():
+        RewardModel(tiny_scorer(words), words, StepFormat.load(POLICY).for_reward("scalar", "hard"), name="prm").save(
+            folder
+        )
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, prm: str) -> Path:
+    return compare(tmp_path_factory.mktemp("compare") / "out", prm)
+
+
+def records_of(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(r["arm"], r["metric"]): r for r in read_json(out / "results.json")}
+
+
+def test_every_arm_at_every_budget_is_measured(done):
+    found = records_of(done)
+    names = ["best_of_n@1", "best_of_n@4", "best_of_n@8", "beam@2", "beam@4", "pav@2", "pav@4", "mcts@3", "mcts@6"]
+    for rule in comparing.RULES:
+        for name in names:
+            assert found[f"{rule}/{name}", "accuracy"]["n"] == 12
+    # Independent samples are drawn once, for the largest budget.
+    assert sorted(p.name for p in done.glob("*@*")) == [
+        "beam@2", "beam@4", "best_of_n@8", "mcts@3", "mcts@6", "pav@2", "pav@4",
+    ]  # fmt: skip
+    rows: dict[str, list[bool]] = {}
+    for row in read_rows(done / "beam@4", Solution):
+        rows.setdefault(row.problem_id, []).append(row.right)
+    assert found["pass/beam@4", "accuracy"]["value"] == pytest.approx(sum(map(any, rows.values())) / 12)
+    # One sample needs no choice: all rules agree, but for what the reward model costs.
+    one = [found[f"{rule}/best_of_n@1", "accuracy"] for rule in comparing.RULES]
+    assert one[0]["value"] == one[3]["value"] == pytest.approx(one[1]["value"], abs=0.06)
+    assert found["pass/best_of_n@8", "accuracy"]["value"] >= found["best/best_of_n@8", "accuracy"]["value"]
+
+
+def test_costs_are_those_of_the_ledgers(done):
+    found = records_of(done)
+    about = read_about(done / "beam@4")["ledger"]
+    assert found["best/beam@4", "accuracy"]["flops"] == about["flops"] == found["majority/beam@4", "accuracy"]["flops"]
+    assert found["best/beam@4", "accuracy"]["tokens"] == about["generated_tokens"]
+    # Votes among independent samples ask no reward model.
+    sizes = read_json(done / "best_of_n@8" / "search.json")["parameters"]
+    pool = read_about(done / "best_of_n@8")["ledger"]
+    assert pool["reward_tokens"] > 0
+    voted = found["majority/best_of_n@8", "accuracy"]["flops"]
+    assert voted == pytest.approx(2 * sizes["policy"] * (pool["generated_tokens"] + pool["prefilled_tokens"]))
+    assert found["best/best_of_n@8", "accuracy"]["flops"] == pytest.approx(
+        voted + 2 * sizes["reward"] * pool["reward_tokens"]
+    )
+
+
+def test_a_share_of_a_pool_pays_the_prompt_whole():
+    sizes = {"policy": 10, "reward": 100}
+    whole = Ledger(generated_tokens=80, prefilled_tokens=7, reward_tokens=90, policy_calls=8, seconds=4.0)
+    whole.flops = 2 * 10 * 87 + 2 * 100 * 90
+    half = comparing.scaled(whole, 0.5, sizes)
+    assert (half.generated_tokens, half.prefilled_tokens, half.reward_tokens, half.policy_calls) == (40, 7, 45, 4)
+    assert half.flops == 2 * 10 * 47 + 2 * 100 * 45
+    assert comparing.scaled(whole, 1, sizes) == whole
+    assert comparing.without_reward(whole, sizes).flops == 2 * 10 * 87
+
+
+def test_at_equal_cost_nobody_pays_more_than_the_reference_and_its_slack(done):
+    found = records_of(done)
+    details = read_json(done / "details.json")["search"]
+    assert details["reference"] == "best_of_n"
+    metric = comparing.MATCHED
+    checked = 0
+    for one in details["matched"]:
+        if one["rule"] == "majority":
+            assert found[f"majority/best_of_n~{one['at']}", metric]["flops"] <= (
+                found[f"best/best_of_n@{one['at']}", "accuracy"]["flops"] * 1.001
+            )
+            assert one["budget"] >= one["at"]  # the reward model's share buys more samples
+            continue
+        arm = found[f"{one['rule']}/{one['arm']}~{one['at']}", metric]
+        allowed = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"]["flops"] * 1.05
+        assert one["allowed"] == pytest.approx(allowed)
+        assert arm["flops"] <= allowed * (1 + 1e-9)
+        larger = [
+            r["flops"]
+            for (name, m), r in found.items()
+            if m == "accuracy" and name.startswith(f"{one['rule']}/{one['arm']}@")
+        ]
+        assert arm["flops"] == max(f for f in larger if f <= allowed * (1 + 1e-9))
+        if one["arm"] != "best_of_n":
+            checked += 1
+            minus = found[f"{one['rule']}/{one['arm']}~{one['at']}", f"{metric}_minus_best_of_n"]
+            base = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"]["value"]
+            assert minus["value"] == pytest.approx(arm["value"] - base)
+    assert checked >= 4
+    for kind in ("oracle", "predicted"):
+        assert ("weighted/compute_optimal_" + kind + "~8", metric) in found
+    levels = [found["weighted/beam@4", f"accuracy_level_{level}"] for level in (1, 2)]
+    assert sum(r["n"] for r in levels) == 12
+    assert sum(r["n"] * r["value"] for r in levels) / 12 == pytest.approx(found["weighted/beam@4", "accuracy"]["value"])
+
+
+def test_values_problem_by_problem_go_with_the_records(done):
+    found = records_of(done)
+    for one in read_json(done / "values.json"):
+        assert sum(one["values"].values()) / 12 == pytest.approx(found[one["arm"], one["metric"]]["value"])
+    assert {one["metric"] for one in read_json(done / "values.json")} == {"accuracy", comparing.MATCHED}
+
+
+def test_curves_and_page_are_written(done):
+    page = (done / "report.html").read_text()
+    for words in ("Accuracy over cost", "At equal cost", "By difficulty", "Repeated sampling", "weighted/pav"):
+        assert words in page
+    for cost in ("flops", "tokens"):
+        assert (done / f"curves-{cost}.png").read_bytes().startswith(b"\x89PNG")
+    coverage = read_json(done / "details.json")["search"]["coverage"]
+    assert coverage["k"][0] == 1
+    assert coverage["k"][-1] == 8
+    assert coverage["coverage"] == sorted(coverage["coverage"])
+    assert sum(coverage["right_share_histogram"]) == 12
+
+
+def test_again_nothing_is_searched_and_the_results_are_the_same(done, prm, monkeypatch):
+    before = [(done / name).read_bytes() for name in ("results.json", "values.json", "details.json", "report.html")]
+    monkeypatch.setattr("stepladder.launch.making_search._policy", lambda *a, **k: pytest.fail("a policy was loaded"))
+    compare(done, prm)
+    assert [(done / n).read_bytes() for n in ("results.json", "values.json", "details.json", "report.html")] == before
+
+
+def test_without_matplotlib_the_page_has_the_curves(tmp_path, monkeypatch, capsys):
+    from stepladder.launch import report_search
+
+    monkeypatch.setattr(report_search.importlib.util, "find_spec", lambda name: None)
+    run = {
+        "arm": "beam", "budget": 4, "accuracy": dict.fromkeys(comparing.RULES, 0.5), "tokens": 10.0,
+        "flops": dict.fromkeys(comparing.RULES, 1e6), "ledger": Ledger().to_json(), "about": {},
+    }  # fmt: skip
+    details = {"reference": "beam", "runs": [run], "matched": [], "choices": {}, "coverage": None}
+    report_search.write_comparison(tmp_path, [], details, "t")
+    assert "need matplotlib" in capsys.readouterr().out
+    assert (tmp_path / "report.html").is_file()
+    assert not list(tmp_path.glob("*.png"))
+
+
+def test_searches_that_share_models_pay_their_own_cost(done, prm, tmp_path):
+    """The last search alone costs what it cost after all others: caches are not handed on."""
+    alone = compare(tmp_path / "alone", prm, arms={"mcts": {**ARMS["mcts"], "budgets": [6]}})
+    left, right = (read_about(out / "mcts@6")["ledger"] for out in (alone, done))
+    assert {k: v for k, v in left.items() if k != "seconds"} == {k: v for k, v in right.items() if k != "seconds"}
+    assert not any("compute_optimal" in arm for arm, _ in records_of(alone))  # no pool, no levels
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"arms": {"a/b": {}}}, "a name is made of letters, digits"),
+        ({"arms": {"a": {"strategy": "bean"}}}, "arms.a: strategy: unknown key 'bean'; did you mean beam?"),
+        ({"arms": {"a": {"settings": {"beams": 3}}}}, "arms.a: beams is what the budgets set"),
+        (
+            {"arms": {"a": {"settings": {"max_depht": 3}}}},
+            "arms.a, budget 1: settings of beam: unknown key 'max_depht'",
+        ),
+        ({"arms": {"a": {"budgets": [2, 2]}}}, "budgets must be different numbers of 1 or more"),
+        ({"arms": {"a": {"strategy": "particles", "settings": {"islands": 3}}}}, "n must be a multiple of islands"),
+        ({"arms": {"a": {}}, "reference": "b"}, "reference must be one of the arms a, found 'b'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(tmp_path, refused, settings, told):
+    more = [f"--{key}={json.dumps(value)}" for key, value in settings.items()]
+    assert told in refused("search", "compare", "--out", tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms_and_a_reward_model_are_needed(tmp_path, refused):
+    assert refused("search", "compare", "--out", tmp_path / "a").startswith("arms is missing")
+    assert refused("search", "compare", "--out", tmp_path / "b", "--arms", "{a: {}}").startswith("reward is missing")
+
+
+def test_a_width_above_the_budget_is_cut_to_it():
+    from stepladder.launch.options_search import ComparedArm
+
+    config = Compare(arms={"a": ComparedArm("beam"), "b": ComparedArm("dvts", {"width": 2})}, budgets=[1, 2, 8])
+    found = {key: search.settings["width"] for key, search in config.searches().items()}
+    assert found == {("a", 1): 1, ("a", 2): 2, ("a", 8): 4, ("b", 1): 1, ("b", 2): 2, ("b", 8): 2}
+
+
+def test_a_pool_gives_every_rule_its_credit():
+    pool = comparing.Pool(["1", "2", "2", None], [True, False, False, False], [0.9, 0.3, 0.4, 0.1], 0, [3, 3, 2, 1])
+    assert [pool.credit(rule) for rule in comparing.RULES] == [1.0, 1.0, 0.0, 1.0]
+    assert [pool.credit_of(rule, 1, 0) for rule in comparing.RULES] == pytest.approx([0.25] * 4)
+    assert [pool.credit_of(rule, 4, 0) for rule in comparing.RULES] == [1.0, 1.0, 0.0, 1.0]
+    tie = comparing.Pool(["1", "2"], [True, False], [0.5, 0.5], 0, [1, 1])
+    assert tie.credit("best") == 0.5  # first come is not better
+    walked = comparing.Pool(["1", "2"], [True, False], [0.9, 0.5], 1, [1, 1])
+    assert walked.credit("best") == 0.0  # a search that chose by something else than the score
+
+
+def test_curves_have_a_name_at_their_end():
+    lines = {f"arm{i}": [(1.0, 10.0 + i), (100.0, 50.0 + i)] for i in range(9)}
+    picture = charts.curve_chart(lines, ("FLOPs", "accuracy, %"))
+    assert all(f">arm{i}</text>" in picture for i in range(9))
+    assert "arm3: 13.0 for 1" in picture
+    assert math.isfinite(float(picture.split('height="')[1].split('"')[0]))
+    assert charts.curve_chart({"one": [(5.0, 0.0)]}, ("x", "y"))
