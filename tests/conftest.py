@@ -158,7 +158,7 @@ import atexit, json, os, runpy, sys, traceback, warnings
 tell = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from stepladder.launch import cli, evaluate, making, pipeline, report, tables
-from stepladder.trainers import orm, prm, sft
+from stepladder.trainers import dpo, orm, prm, sft
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.models.llama import modeling_llama
 import accelerate.state, peft, pyarrow.parquet, tqdm

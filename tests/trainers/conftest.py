@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 
 from stepladder.config import build
-from stepladder.data_gen.rows import Dialogue, Message, Solution, Source, StepLabels
+from stepladder.data_gen.rows import Dialogue, Message, Pair, Solution, Source, StepLabels
 from stepladder.data_gen.store import write_rows
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers import orm, prm, sft
+from stepladder.trainers import dpo, orm, prm, sft
 
 SOURCE = Source("policy", "engine", "chain", 0)
 KINDS = {
     "prm": (prm.PRMArguments, prm.train),
     "orm": (orm.ORMArguments, orm.train),
     "sft": (sft.SFTArguments, sft.train),
+    "dpo": (dpo.DPOArguments, dpo.train),
 }
 
 
@@ -65,6 +66,15 @@ def dialogue_row(number: int, *messages: Message) -> Dialogue:
     return Dialogue(f"p{number}", "solve", messages, "{}", SOURCE)
 
 
+def pair_row(number: int, prefix: Sequence[str], chosen: Sequence[str], rejected: Sequence[str], **fields: Any) -> Pair:
+    """A pair of finished solutions, or of steps behind a prefix."""
+    known: dict[str, Any] = {
+        "prompt": f"Start {number % 13} ; + 5", "reward_chosen": 1.0, "reward_rejected": 0.0, "n_chosen": 1, "n_rejected": 1,
+        "chosen_finished": not prefix, "rejected_finished": not prefix, "source": SOURCE, **fields,
+    }  # fmt: skip
+    return Pair(problem_id=f"p{number}", prefix=tuple(prefix), chosen=tuple(chosen), rejected=tuple(rejected), **known)
+
+
 def some_rows(kind: str, count: int, seed: int = 0, longest: int = 6) -> list[Any]:
     """Rows of a trainer with lengths that differ."""
     rng = random.Random(seed)
@@ -75,6 +85,10 @@ def some_rows(kind: str, count: int, seed: int = 0, longest: int = 6) -> list[An
             made.append(labels_row(number, steps, [rng.randint(0, 10) for _ in steps]))
         elif kind == "orm":
             made.append(solution_row(number, steps, rng.choice(["right", "wrong"])))
+        elif kind == "dpo":
+            prefix = steps_of(rng, rng.randint(0, 2))
+            counts = {"n_chosen": rng.randint(1, 9), "n_rejected": rng.randint(0, 5)}
+            made.append(pair_row(number, prefix, steps, steps_of(rng, rng.randint(1, longest)), **counts))
         else:
             reply = Message("assistant", "".join(step + "\n" for step in steps), train=True)
             made.append(dialogue_row(number, Message("user", f"Start {number % 13} ; + 5"), reply))
@@ -83,7 +97,9 @@ def some_rows(kind: str, count: int, seed: int = 0, longest: int = 6) -> list[An
 
 @pytest.fixture(scope="session")
 def rows() -> SimpleNamespace:
-    return SimpleNamespace(labels=labels_row, solution=solution_row, dialogue=dialogue_row, some=some_rows)
+    return SimpleNamespace(
+        labels=labels_row, solution=solution_row, dialogue=dialogue_row, pair=pair_row, some=some_rows
+    )
 
 
 @pytest.fixture
