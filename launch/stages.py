@@ -12,6 +12,7 @@ from typing import Any
 
 from . import options_data as data
 from . import options_eval as evaluation
+from . import options_preferences as preferences
 from . import options_search as search
 
 
@@ -49,6 +50,9 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.tree_pairs": (data.TreePairs, _stage(".making_trees", "make_tree_pairs")),
     "data.sorm": (data.SORMLabels, _stage(".making_trees", "make_sorm")),
     "data.best_solutions": (data.BestSolutions, _stage(".making", "make_best_solutions")),
+    "data.solution_pairs": (preferences.SolutionPairs, _stage(".making_preferences", "make_solution_pairs")),
+    "data.step_pairs": (preferences.StepPairs, _stage(".making_preferences", "make_step_pairs")),
+    "data.join": (preferences.Join, _stage(".making_preferences", "join_rows")),
     "data.prm800k": (data.ImportPRM800K, _stage(".making", "import_prm800k")),
     "model.copy": (data.CopyModel, _stage(".making", "copy_model")),
     "train.sft": ("..trainers.sft:SFTArguments", _trainer("sft")),
