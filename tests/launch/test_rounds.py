@@ -111,7 +111,7 @@ def test_more_rounds_keep_those_that_are_done(tmp_path: Path, capsys: Any) -> No
         ({"first": {"improvd": "@policy"}}, "did you mean improved"),
         ({"first": {"improved": 3}}, "first must say for a stage what it is before the first round"),
         ({"until": 3}, "unknown key 'until'"),
-        ({"stages": {"samples": {"do": "data.solutions", "policy": "@previous/improve"}}, "first": {}}, "reference to the round before"),
+        ({"stages": {"samples": {"do": "data.solutions", "policy": "@previous/improve"}}, "first": {}}, "the round before"),
         ({"stages": {"policy": {"do": "model.copy"}}, "first": {}}, "two stages are called policy"),
         ({"stages": {"samples": {"do": "data.solutions", "policy": "@later"}}, "first": {}}, "stage samples-1: reference"),
     ],
