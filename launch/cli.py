@@ -18,7 +18,7 @@ HELP = """usage: stepladder COMMAND ...
   run RECIPE.yaml [--out DIR] [stage.key=value ...]    the stages of a recipe; what is done is skipped
   data STAGE --config FILE [--key value ...]           demonstrations, solutions, step_labels, best_solutions, prm800k,
                                                        omegaprm, best_first, first_pit, tree_labels, tree_pairs, sorm,
-                                                       solution_pairs, step_pairs, join
+                                                       solution_pairs, step_pairs, mcts_dpo, join
   train STAGE --config FILE [--key value ...]          sft, dpo, orm, prm
   search STAGE --config FILE [--key value ...]         beam
   eval STAGE --config FILE [--key value ...]           policies, prm, processbench

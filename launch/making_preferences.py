@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, make_folder
-from ..data_gen import preferences
-from ..data_gen.rows import ROW_TYPES, Pair, Solution, StepLabels
+from ..data_gen import mcts_dpo, preferences
+from ..data_gen.rows import ROW_TYPES, Pair, Solution, StepLabels, Tree
 from ..data_gen.store import Shard, UnitResult, make_rows, read_about, read_rows, write_rows
 from ..models.ledger import Ledger
 from ..tasks.base import StepChecker
 from ..tasks.load import load_task
 from . import options_preferences
 from .making import _check_words, _finish, _policy, _sampling, _split
-from .making_trees import _copy_step_format
+from .making_trees import _copy_step_format, _over_problems
 from .options import chunks, first, required
 
 
@@ -68,6 +70,18 @@ def make_step_pairs(config: options_preferences.StepPairs, out: Path) -> bool:
 
     units = chunks(groups, config.unit_problems)
     return _finish(out, make_rows(out, Pair, units, work, shard=Shard.parse(config.shard), progress=out.name))
+
+
+def make_mcts_dpo(config: options_preferences.MCTSDPOTrees, out: Path) -> bool:
+    """Trees of MCTS-DPO."""
+    names = [field.name for field in dataclasses.fields(mcts_dpo.Options)]
+    generate = functools.partial(
+        mcts_dpo.mcts_dpo_trees,
+        options=mcts_dpo.Options(**{name: getattr(config, name) for name in names}),
+        question=config.question or mcts_dpo.SELF_EVALUATION,
+        yes=config.yes,
+    )
+    return _over_problems(config, out, Tree, generate)
 
 
 def join_rows(config: options_preferences.Join, out: Path) -> bool:

@@ -52,6 +52,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.best_solutions": (data.BestSolutions, _stage(".making", "make_best_solutions")),
     "data.solution_pairs": (preferences.SolutionPairs, _stage(".making_preferences", "make_solution_pairs")),
     "data.step_pairs": (preferences.StepPairs, _stage(".making_preferences", "make_step_pairs")),
+    "data.mcts_dpo": (preferences.MCTSDPOTrees, _stage(".making_preferences", "make_mcts_dpo")),
     "data.join": (preferences.Join, _stage(".making_preferences", "join_rows")),
     "data.prm800k": (data.ImportPRM800K, _stage(".making", "import_prm800k")),
     "model.copy": (data.CopyModel, _stage(".making", "copy_model")),
