@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from stepladder.trainers.common import StepladderArguments
+from stepladder.trainers.dpo import DPOArguments
 from stepladder.trainers.orm import ORMArguments
 from stepladder.trainers.prm import PRMArguments
 from stepladder.trainers.reward import RewardArguments
@@ -22,7 +23,7 @@ def page(kind: str) -> str:
     return (DOCS / f"{kind}.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["prm", "orm", "sft"])
+@pytest.mark.parametrize("kind", ["prm", "orm", "sft", "dpo"])
 def test_the_example_trains(settings, train, starter, tmp_path, kind):
     [block] = re.findall(r"```yaml\n(.*?)```", page(kind), re.DOTALL)
     values = settings(kind)
@@ -36,7 +37,9 @@ def test_the_example_trains(settings, train, starter, tmp_path, kind):
     assert Path(values["output_dir"], "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("kind", "config"), [("prm", PRMArguments), ("orm", ORMArguments), ("sft", SFTArguments)])
+@pytest.mark.parametrize(
+    ("kind", "config"), [("prm", PRMArguments), ("orm", ORMArguments), ("sft", SFTArguments), ("dpo", DPOArguments)]
+)
 def test_every_option_is_in_the_page_with_its_default(kind, config):
     classes = [c for c in (config, RewardArguments) if issubclass(config, c)]
     own = {name for c in classes for name in vars(c).get("__annotations__", {}) if name != "args"}
