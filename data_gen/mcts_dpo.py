@@ -119,7 +119,7 @@ class StepRoller(Roller):
                 fold_seed(self.seed, problem.id, "opinion", fingerprint(list(ask.prefix)), n) for n in ask.numbers
             )
             requests.append(Request(self.step_format.encode_prompt(tokenizer, text), seeds))
-        found = []
+        found: list[list[Rollout]] = []
         for (_, ask), samples in zip(asks, self.engine.generate(requests, Sampling(4, 1.0)), strict=True):
             if samples and samples[0].stop is StopReason.CONTEXT:
                 self.counts["questions of opinion longer than the context"] += 1
@@ -286,8 +286,8 @@ def _children(
             counts["reference steps added"] += 1
             # It was not sampled, so that it has no log-probability: it gets the mean prior of the others.
             mean = sum(s.prior for s in made.values()) / len(made) if made else 1.0
-            end = "right" if here.depth + 1 == len(gold) else None
-            made[text] = Step(here, (*here.steps, text), ids, mean, 0.0, outcome=end)
+            whole = here.depth + 1 == len(gold)
+            made[text] = Step(here, (*here.steps, text), ids, mean, 0.0, outcome="right" if whole else None)
     return list(made.values())
 
 

@@ -59,7 +59,8 @@ def make_step_pairs(config: options_preferences.StepPairs, out: Path) -> bool:
     def work(unit: Sequence[Sequence[Solution]]) -> UnitResult[Pair]:
         if not engine_and_format:
             engine_and_format.extend(_policy(config, task))
-            _check_words(config.policy, *engine_and_format, [rows[0].prompt for rows in groups])
+            asked = [rows[0].prompt for rows in groups]
+            _check_words(config.policy, engine_and_format[0], engine_and_format[1], asked)
             engine_and_format[1].save(make_folder(out))
         engine, step_format = engine_and_format
         return preferences.step_pairs(

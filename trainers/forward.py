@@ -32,7 +32,9 @@ def trained_logits(
     columns = (labels != -100).any(0).nonzero().squeeze(-1)
     if not len(columns):  # a model must run in every process, whatever is trained in its share
         columns = columns.new_zeros(1)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs: dict[str, torch.Tensor] = {
+        name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch
+    }
     if pick:
         inputs["logits_to_keep"] = columns
     logits = model(**inputs, use_cache=False).logits
