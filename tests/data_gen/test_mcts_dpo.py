@@ -139,12 +139,13 @@ def test_formulas():
     assert prior(-3.0, 4, 1.25) == pytest.approx(math.exp(-3 / 4**1.25))
     assert puct(step(q=0.2, prior=0.4, visits=3), 16, 1.5) == pytest.approx(0.2 + 1.5 * 0.4 * 4 / 4)
     leaf, other = step(reward=0.5, visits=0), step(q=-1.0, visits=3)
-    parent = step(reward=0.25, children=[leaf, other])
+    unvisited = step(q=2.0, visits=0)
+    parent = step(reward=0.25, children=[leaf, other, unvisited])
     back_up([parent, leaf], 0.9)
-    # The leaf: Q = 0.5; the parent: V = (1 * 0.5 + 3 * -1) / 4, Q = 0.25 + 0.9 V.
+    # The leaf: Q = 0.5; the parent: V = (1 * 0.5 + 3 * -1 + 1 * 2) / 5, Q = 0.25 + 0.9 V. A child never visited counts once.
     assert (leaf.visits, leaf.q) == (1, 0.5)
-    assert parent.v == pytest.approx(-0.625)
-    assert (parent.visits, parent.q) == (1, pytest.approx(0.25 - 0.9 * 0.625))
+    assert parent.v == pytest.approx(-0.1)
+    assert (parent.visits, parent.q) == (1, pytest.approx(0.25 - 0.9 * 0.1))
 
 
 def test_the_move_is_by_visits_and_their_spread():
