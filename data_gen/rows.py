@@ -153,6 +153,11 @@ class Dialogue:
     messages: tuple[Message, ...]
     meta: str  # free JSON, kept as text so that every row has one schema
     source: Source
+    weight: float = 1.0  # multiplies the loss of the whole dialogue
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"weight must be 0 or more, found {self.weight}")
 
 
 Row = Solution | StepLabels | Tree | Pair | Dialogue

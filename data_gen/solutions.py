@@ -25,13 +25,16 @@ def sample_solutions(
     sampling: Sampling,
     seed: int,
     policy: str,
+    hint: str = "",
 ) -> UnitResult[Solution]:
     """`samples` solutions of each problem with verdicts: same arguments, same rows.
 
-    A problem whose prompt does not fit into the model's context is dropped and counted.
+    A problem whose prompt does not fit into the model's context is dropped and counted. `hint` is a text with {prompt} and {answer}
+    that is asked instead of the prompt (STaR's rationalisation, arXiv:2203.14465); rows have the prompt without it.
     """
     before = engine.ledger.copy()
-    prompts = [step_format.encode_prompt(engine.tokenizer, problem.prompt) for problem in problems]
+    told = lambda p: hint.replace("{prompt}", p.prompt).replace("{answer}", p.answer) if hint else p.prompt
+    prompts = [step_format.encode_prompt(engine.tokenizer, told(problem)) for problem in problems]
     requests = [
         Request(ids, tuple(fold_seed(seed, problem.id, "solution", i) for i in range(samples)))
         for ids, problem in zip(prompts, problems, strict=True)
@@ -44,6 +47,8 @@ def sample_solutions(
             continue
         for number, sample in enumerate(found):
             result.rows.append(solution_row(engine.tokenizer, task, problem, number, sample, source))
+    if hint:
+        result.counts["problems asked with their answer told"] += len(problems)
     result.ledger = engine.ledger - before
     return result
 
@@ -99,10 +104,17 @@ def to_dialogue(problem_id: str, prompt: str, steps: Sequence[str], separator: s
 
 
 def best_solutions(
-    solutions: Sequence[Solution], scores: Sequence[float] | None, *, per_problem: int, separator: str, seed: int
+    solutions: Sequence[Solution],
+    scores: Sequence[float] | None,
+    *,
+    per_problem: int,
+    separator: str,
+    seed: int,
+    only_right: bool = True,
 ) -> UnitResult[Dialogue]:
     """Rejection sampling: up to `per_problem` distinct right solutions of each problem, as dialogues to fine-tune on.
 
+    Without `only_right` wrong ones are kept like right ones: the control that shows what the verdicts are worth.
     With `scores` (one a solution, from a reward model) the highest come first, ties in order of sampling; without, the choice
     is drawn with the seed. Steps decide what is a duplicate.
     """
@@ -110,7 +122,7 @@ def best_solutions(
     counts: Counter[str] = Counter()
     for index, row in enumerate(solutions):
         by_problem.setdefault(row.problem_id, [])
-        if row.right:
+        if row.right or not only_right:
             by_problem[row.problem_id].append(index)
         else:
             counts[f"answers {row.outcome}"] += 1

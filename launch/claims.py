@@ -30,6 +30,7 @@ from typing import Any
 from ..basics import UserError, make_folder, read_json, write_json
 from ..config import build, option, unknown_key
 from .pipeline import load_recipe, run_recipe
+from .rounds import expand
 
 RESULTS, VALUES = "results.json", "values.json"
 FOLDER = Path(__file__).parent.parent / "recipes" / "claims"
@@ -111,7 +112,7 @@ def run_claim(name: str, out: Path, results: Path, overrides: Mapping[str, Any])
 
 
 def _check_stages(comparisons: Sequence[Comparison], recipe: Mapping[str, Any], where: str) -> None:
-    stages = list(recipe.get("stages") or {})
+    stages = [name for name, _, _ in expand(recipe.get("stages") or {}, where)]
     for one in comparisons:
         for name in filter(None, (one.better, one.than)):
             if name.partition("/")[0] not in stages:

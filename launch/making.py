@@ -139,6 +139,11 @@ def make_demonstrations(config: options_data.Demonstrations, out: Path) -> bool:
 def make_solutions(config: options_data.Solutions, out: Path) -> bool:
     """Samples with verdicts."""
     task, problems = _problems(config)
+    if config.unsolved_in:
+        solved = {row.problem_id for row in read_rows(config.unsolved_in, Solution) if row.right}
+        problems = [problem for problem in problems if problem.id not in solved]
+        if not problems:
+            raise UserError(f"{config.unsolved_in}: every problem has a right solution there")
     units = chunks(problems, config.unit_problems)
     engine_and_format: list[Any] = []
 
@@ -152,7 +157,7 @@ def make_solutions(config: options_data.Solutions, out: Path) -> bool:
         engine, step_format = engine_and_format
         return sample_solutions(
             engine, task, step_format, unit,
-            samples=config.samples, sampling=_sampling(config), seed=config.seed, policy=config.policy,
+            samples=config.samples, sampling=_sampling(config), seed=config.seed, policy=config.policy, hint=config.hint,
         )  # fmt: skip
 
     return _finish(out, make_rows(out, Solution, units, work, shard=Shard.parse(config.shard), progress=out.name))
@@ -190,8 +195,12 @@ def make_step_labels(config: options_data.StepLabelling, out: Path) -> bool:
 def solution_groups(config: Any, task: Task) -> tuple[list[Sequence[Solution]], dict[str, Problem]]:
     """The solutions of each problem, as `limit` and `per_problem` say, and the problems of their split."""
     grouped: dict[str, list[Solution]] = {}
+    only = getattr(config, "only", "")
     for row in read_rows(config.solutions, Solution):
-        grouped.setdefault(row.problem_id, []).append(row)
+        if not only or row.right == (only == "right"):
+            grouped.setdefault(row.problem_id, []).append(row)
+    if not grouped:
+        raise UserError(f"{config.solutions}: no solution is {only}")
     groups = [first(rows, config.per_problem) for rows in first(list(grouped.values()), config.limit)]
     problems = {problem.id: problem for problem in _split(task, config.split)}
     missing = next((rows[0].problem_id for rows in groups if rows[0].problem_id not in problems), None)
@@ -212,8 +221,9 @@ def make_best_solutions(config: options_data.BestSolutions, out: Path) -> bool:
         tell_cut_steps(reward)
         scores = [aggregate(one, how) for one in scored]
     result = best_solutions(
-        solutions, scores, per_problem=config.per_problem, separator=config.separator, seed=config.seed
-    )
+        solutions, scores, per_problem=config.per_problem, separator=config.separator, seed=config.seed,
+        only_right=config.only_right,
+    )  # fmt: skip
     write_rows(out, result.rows, dropped=result.dropped, ledger=reward.ledger if config.reward else None)
     return _finish(out, True)
 

@@ -19,10 +19,16 @@ class Solutions(WithPolicy):
     """Samples solutions of each problem with verdicts (Solution rows)."""
 
     samples: int = option(8, "solutions of each problem")
+    unsolved_in: str = option("", "Solution rows: only problems that have no right solution there")
+    hint: str = option(
+        "", "PEEKS: a text with {prompt} and {answer} that is asked instead (STaR); empty never tells the answer"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "samples")
+        if self.hint and "{prompt}" not in self.hint:
+            raise ValueError(f"hint must contain {{prompt}}, found {self.hint!r}")
 
 
 @dataclass
@@ -30,6 +36,7 @@ class StepLabelling(WithPolicy):
     """Continues every prefix of every solution and counts right endings (StepLabels rows)."""
 
     solutions: str = option("", "Solution rows to label")
+    only: str = option("", "label right or wrong solutions alone; empty labels both")
     per_problem: int = option(0, "label at most so many solutions of a problem, the first sampled; 0 for all")
     rollouts: int = option(8, "continuations of each prefix")
     stop_early: str = option(
@@ -44,6 +51,8 @@ class StepLabelling(WithPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "rollouts", "round_rollouts")
+        if self.only not in ("", "right", "wrong"):
+            raise ValueError(f"only must be right, wrong or empty, found {self.only!r}")
         at_least(self, 0, "per_problem")
         if self.stop_early not in ("", "hard", "threshold"):
             raise ValueError(f"stop_early must be hard, threshold or empty, found {self.stop_early!r}")
@@ -237,6 +246,7 @@ class BestSolutions:
     solutions: str = option("", "Solution rows to choose from")
     reward: str = option("", "reward model that ranks right solutions; empty draws them")
     per_problem: int = option(4, "right solutions kept for each problem")
+    only_right: bool = option(True, "false keeps wrong solutions as well: a control")
     separator: str = option("\n", "text between steps")
     dtype: str = option("float32", "precision of the reward model")
     seed: int = option(0, "seed of the draw")

@@ -7,7 +7,7 @@ A recipe reads
     stages:
       solutions: {do: data.solutions, policy: "@policy", samples: 8}
 
-where ``@policy`` is the folder of the stage `policy`, which must come before.
+where ``@policy`` is the folder of the stage `policy`, which must come before. Stages can be repeated: see `launch.rounds`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ..basics import (
 )
 from ..config import build, merge, read_yaml, unknown_key
 from ..data_gen.store import ROWS_FILE
+from .rounds import block_of, expand, is_block
 from .stages import STAGES, config_class
 
 DONE, STARTED = "done.json", "started.json"
@@ -106,7 +107,8 @@ def plan(recipe: Mapping[str, Any], out: Path, where: str) -> dict[str, tuple[st
     shared = {**defaults, **({"seed": recipe["seed"]} if "seed" in recipe else {})}
     planned: dict[str, tuple[str, dict[str, Any]]] = {}
     used: set[str] = set()
-    for name, values in stages.items():
+    seed = recipe.get("seed", 0)
+    for name, values, round_seed in expand(stages, where, seed if isinstance(seed, int) else 0):
         here = f"{where}, stage {name}"
         if not isinstance(values, Mapping) or "do" not in values:
             raise UserError(f"{here}: do is missing: which of {', '.join(STAGES)} it runs")
@@ -115,10 +117,12 @@ def plan(recipe: Mapping[str, Any], out: Path, where: str) -> dict[str, tuple[st
             raise unknown_key(str(kind), list(STAGES), f"{here}: do")
         known = {f.name for f in dataclasses.fields(config_class(kind))}
         used |= set(shared) & known
-        config = merge({k: v for k, v in shared.items() if k in known}, {k: v for k, v in values.items() if k != "do"})
+        # Equal seeds would give the rounds of a policy that changed little nearly equal samples.
+        given = shared if round_seed is None else {**shared, "seed": round_seed}
+        config = merge({k: v for k, v in given.items() if k in known}, {k: v for k, v in values.items() if k != "do"})
         config = _resolve(config, out, list(planned), here)
-        _for_run(kind, config, out / str(name), here)
-        planned[str(name)] = (kind, config)
+        _for_run(kind, config, out / name, here)
+        planned[name] = (kind, config)
     for key in shared:
         if key not in used:
             raise UserError(f"{where}: {key} is set for all stages, but no stage has a field of that name")
@@ -228,9 +232,12 @@ def load_recipe(path: str | Path, overrides: Mapping[str, Any]) -> dict[str, Any
     for key, value in overrides.items():
         if key in stages:
             lifted = merge(lifted, {"stages": {key: value}})
+        elif (block := block_of(stages, key)) is not None:
+            lifted = merge(lifted, {"stages": {block: {"stages": {key: value}}}})
         elif key in ("seed", "name", "defaults", "stages"):
             lifted = merge(lifted, {key: value})
         else:
-            known = [*stages, "seed", "name", "defaults"]
+            inside = [inner for values in stages.values() if is_block(values) for inner in values.get("stages") or {}]
+            known = [*stages, *inside, "seed", "name", "defaults"]
             raise unknown_key(key, known, f"{path}: override")
     return merge(recipe, lifted)

@@ -13,6 +13,7 @@ from typing import Any
 from . import options_claims as claims
 from . import options_data as data
 from . import options_eval as evaluation
+from . import options_preferences as preferences
 from . import options_search as search
 
 
@@ -60,12 +61,17 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.consensus": (data.Consensus, _stage(".making_trees", "make_consensus")),
     "data.balance": (data.BalancedLabels, _stage(".making_trees", "make_balanced")),
     "data.best_solutions": (data.BestSolutions, _stage(".making", "make_best_solutions")),
+    "data.solution_pairs": (preferences.SolutionPairs, _stage(".making_preferences", "make_solution_pairs")),
+    "data.step_pairs": (preferences.StepPairs, _stage(".making_preferences", "make_step_pairs")),
+    "data.mcts_dpo": (preferences.MCTSDPOTrees, _stage(".making_preferences", "make_mcts_dpo")),
+    "data.join": (preferences.Join, _stage(".making_preferences", "join_rows")),
     "data.import": (data.Import, _stage(".making", "import_rows")),
     "data.prm800k": (data.ImportPRM800K, _stage(".making", "import_prm800k")),
     "model.copy": (data.CopyModel, _stage(".making", "copy_model")),
     "train.sft": ("..trainers.sft:SFTArguments", _trainer("sft")),
     "train.orm": ("..trainers.orm:ORMArguments", _trainer("orm")),
     "train.prm": ("..trainers.prm:PRMArguments", _trainer("prm")),
+    "train.dpo": ("..trainers.dpo:DPOArguments", _trainer("dpo")),
     "train.ranking": ("..trainers.ranking:RankingArguments", _trainer("ranking")),
     "train.value": ("..trainers.value:ValueArguments", _trainer("value")),
     "search.run": (search.Search, _stage(".making_search", "make_search")),

@@ -349,11 +349,15 @@ def word_problems(
     singleeq: str = "allenai/lila:singleq:train+validation+test",
     addsub: str = "allenai/lila:addsub:train+validation+test",
     svamp: str = "ChilleD/SVAMP::train+test",
+    unseen: bool = False,
+    singleop: str = "allenai/lila:singleop:train+validation+test",
     **overrides: Any,
 ) -> TextTask:
     """MultiArith, SingleEq, AddSub and SVAMP as one task with shares of its own; each problem's meta names its source.
 
-    `folder` holds mawps/{multiarith,singleeq,addsub}.jsonl (input, target) and svamp/SVAMP.json (Body, Question, Answer);
+    With `unseen`, SingleOp is added as the split `unseen`: a set of which nothing is trained on (equal texts stay there alone).
+
+    `folder` holds mawps/{multiarith,singleeq,addsub,singleop}.jsonl (input, target) and svamp/SVAMP.json (Body, Question, Answer);
     without it each may be a file or hub id. An empty one is left out.
     """
     paths = {"multiarith": multiarith, "singleeq": singleeq, "addsub": addsub, "svamp": svamp}
@@ -361,9 +365,11 @@ def word_problems(
         here = Path(folder)
         paths = {name: str(here / "mawps" / f"{name}.jsonl") for name in ("multiarith", "singleeq", "addsub")}
         paths["svamp"] = str(here / "svamp" / "SVAMP.json")
+        singleop = str(here / "mawps" / "singleop.jsonl")
+    apart = {"singleop": {"path": singleop, "split": "unseen"}} if unseen else {}
     preset = {
         "name": "word_problems",
-        "sources": {name: path for name, path in paths.items() if path},
+        "sources": {**{name: path for name, path in paths.items() if path}, **apart},
         "prompt_field": "{Body!sentence} {Question}|input|question",
         "answer_field": "Answer|target|final_ans|output_answer|answer",
         "equation_field": "Equation|",  # SVAMP has it

@@ -159,7 +159,7 @@ tell = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from stepladder.launch import cli, evaluate_first_errors, evaluate_policies, evaluate_steps, make_report, making, pipeline
 from stepladder.launch import report, tables
-from stepladder.trainers import orm, prm, sft
+from stepladder.trainers import dpo, orm, prm, sft
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from transformers.models.llama import modeling_llama
 import accelerate.state, peft, pyarrow.parquet, tqdm

@@ -205,3 +205,12 @@ def test_help_lists_every_field(capsys):
     assert "folder (required): where it goes" in shown
     assert "steps (10): how many" in shown
     assert "A config for tests." in shown
+
+
+def test_a_mapping_takes_the_keys_of_another_and_its_own_go_before(tmp_path):
+    path = tmp_path / "merge.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}}
+    path.write_text("a: &a {x: 1}\nb: {<<: *a, y: 2, y: 3}\n")
+    with pytest.raises(UserError, match="key 'y' is given twice"):
+        read_yaml(path)

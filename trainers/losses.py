@@ -43,10 +43,14 @@ def step_mse(log_odds: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) 
 
 def token_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(nats [B, S-1], mask [B, S-1]) of predicting labels[:, 1:] from logits[:, :-1]; label -100 is masked."""
-    shifted = labels[:, 1:]
-    mask = shifted != -100
+    return aligned_cross_entropy(logits[:, :-1], labels[:, 1:])
+
+
+def aligned_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats [B, K], mask [B, K]) of labels [B, K] that logits [B, K, V] predict, without a shift; label -100 is masked."""
+    mask = labels != -100
     # Trained positions alone are picked: what the others hold cannot enter, and their logits are not copied to float32.
-    trained = F.cross_entropy(logits[:, :-1][mask].float(), shifted[mask], reduction="none")
+    trained = F.cross_entropy(logits[mask].float(), labels[mask], reduction="none")
     return torch.zeros(mask.shape, dtype=trained.dtype, device=trained.device).masked_scatter(mask, trained), mask
 
 
@@ -102,3 +106,46 @@ def step_ranking(
     gap = torch.where(mask, chosen, 0.0) - torch.where(mask, rejected, 0.0)  # masked scores may hold anything
     y = torch.ones_like(gap) if target is None else target[:, None].to(gap).expand_as(gap)
     return torch.where(mask, -(y * F.logsigmoid(gap) + (1 - y) * F.logsigmoid(-gap)), 0.0)
+
+
+def preference_loss(
+    chosen: torch.Tensor, rejected: torch.Tensor, beta: float, smoothing: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The DPO loss of each pair in nats [B].
+
+    With h = chosen - rejected, the difference of two log-ratios log pi(y|x) - log pi_ref(y|x),
+      L = -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)
+    DPO (arXiv:2305.18290) Eq. 7; eps > 0 is the chance that the preference is the wrong way round (arXiv:2405.00451, where
+    visit counts give it).
+
+    Args: chosen, rejected [B] log-ratios, summed over the tokens and not averaged; beta > 0; smoothing [B] in [0, 0.5] or None.
+    """
+    scaled = beta * (chosen - rejected)
+    loss = -F.logsigmoid(scaled)
+    if smoothing is None:
+        return loss
+    return (1 - smoothing) * loss - smoothing * F.logsigmoid(-scaled)
+
+
+def ipo_loss(
+    chosen: torch.Tensor,
+    rejected: torch.Tensor,
+    beta: float,
+    chosen_tokens: torch.Tensor,
+    rejected_tokens: torch.Tensor,
+) -> torch.Tensor:
+    """The IPO loss of each pair [B]: (h - 1 / (2 beta))^2 with h the difference of log-ratios for each token.
+
+    arXiv:2310.12036 Eq. 17; dividing each log-ratio by its number of tokens is what its authors do (and TRL after them).
+
+    Args: chosen, rejected [B] summed log-ratios; beta > 0; chosen_tokens, rejected_tokens [B] numbers of tokens.
+    """
+    return (chosen / chosen_tokens - rejected / rejected_tokens - 1 / (2 * beta)) ** 2
+
+
+def visit_smoothing(n_chosen: int, n_rejected: int) -> float:
+    """eps = min(N_l / (N_l + max(1, N_w)), 0.5): how likely a preference of two counted steps is the wrong way round.
+
+    As in the code of arXiv:2405.00451 (the paper writes 1 / (N_w / N_l + 1)). At 0.5 a pair teaches nothing.
+    """
+    return min(n_rejected / (n_rejected + max(1, n_chosen)), 0.5)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from ..basics import UserError, make_folder
 from ..config import option
@@ -35,6 +36,7 @@ from .common import (
     run_trainer,
     start_model,
 )
+from .forward import takes_positions, trained_logits
 
 
 @dataclass
@@ -42,6 +44,7 @@ class SFTArguments(StepladderArguments):
     """Fine-tunes a policy on Dialogue rows."""
 
     reduction: str = option("sequence", "mean over sequence (each sequence weighs the same) or token")
+    packing: bool = option(False, "several dialogues in one sequence of up to max_length, none of which sees another")
     separator: str = option("\n", "text that ends a step, for a policy that has no step format yet")
     lab_model: dict[str, int] = option(
         {}, "start from a new lab model instead of `model`: width, layers, heads, largest_number"
@@ -73,7 +76,7 @@ def dialogue_example(
         return None, "too long"
     if all(label == -100 for label in labels[1:]):
         return None, "without a trained token"
-    return {"input_ids": ids, "labels": labels, "token_weight": weights, "weight": 1.0}, "kept"
+    return {"input_ids": ids, "labels": labels, "token_weight": weights, "weight": row.weight}, "kept"
 
 
 def _plain(row: Dialogue, tokenizer: Any, step_format: StepFormat) -> tuple[list[int], list[int], list[float]]:
@@ -151,28 +154,115 @@ def _masked(message: Any, start: int, end: int) -> bool:
     return any(start < stop and end > begin for begin, stop in message.mask_spans)
 
 
+def pack(items: Sequence[dict[str, Any]], size: int, reduction: str) -> list[dict[str, Any]]:
+    """The examples in as few sequences of up to `size` tokens as best-fit decreasing finds, with positions that begin again.
+
+    The divisors of the loss are those of the examples: with `sequence` each token's weight is divided by the trained tokens of its
+    own example, so that a mean over packed tokens is the mean over examples.
+    """
+    # free[r]: the packs with room for r tokens; bit r of `rooms` says whether there are any.
+    free: list[list[int]] = [[] for _ in range(size + 1)]
+    packs: list[list[int]] = []
+    rooms = 0
+    for index in sorted(range(len(items)), key=lambda i: (-len(items[i]["input_ids"]), i)):
+        length = len(items[index]["input_ids"])
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            number = free[room].pop()
+            if not free[room]:
+                rooms ^= 1 << room
+        else:
+            room, number = size, len(packs)
+            packs.append([])
+        packs[number].append(index)
+        free[room - length].append(number)
+        rooms |= 1 << (room - length)
+    return [_packed([items[i] for i in one], reduction) for one in packs]
+
+
+def _packed(items: Sequence[dict[str, Any]], reduction: str) -> dict[str, Any]:
+    made: dict[str, Any] = {"input_ids": [], "labels": [], "token_weight": [], "position_ids": []}
+    for item in items:
+        # What stands before the first token is another example: it does not predict it.
+        labels = [-100, *item["labels"][1:]]
+        trained = sum(label != -100 for label in labels)
+        scale = item["weight"] / (trained if reduction == "sequence" else 1)
+        made["input_ids"] += item["input_ids"]
+        made["labels"] += labels
+        made["token_weight"] += [scale * weight for weight in item["token_weight"]]
+        made["position_ids"] += range(len(labels))
+    return {**made, "weight": 1.0, "examples": len(items)}
+
+
 class SFTTrainer(StepladderTrainer):
     """Weighted, masked cross-entropy (losses.weighted_sft)."""
 
     args: SFTArguments
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pick = takes_positions(self.model)
+
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        trained = batch["labels"][:, 1:] != -100
-        return torch.tensor(len(trained)) if self.args.reduction == "sequence" else trained.sum()
+        return batch["examples"].sum() if self.args.reduction == "sequence" else (batch["labels"][:, 1:] != -100).sum()
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        nats, mask = losses.token_cross_entropy(logits, batch["labels"])
-        total = losses.weighted_sft(nats, mask, batch["weight"], batch["token_weight"][:, 1:], self.args.reduction)
-        correct = (logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) & mask
+        logits, labels, columns = trained_logits(model, batch, pick=self.pick)
+        nats, mask = losses.aligned_cross_entropy(logits, labels)
+        # In packs the weights hold the division by each example's own tokens.
+        reduction = "token" if self.args.packing else self.args.reduction
+        total = losses.weighted_sft(nats, mask, batch["weight"], batch["token_weight"][:, columns], reduction)
+        correct = (logits.argmax(-1) == labels) & mask
         return total, {"token_accuracy": (correct.sum() / mask.sum().clamp(min=1)).item()}
 
 
 def collate(items: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch of SFT examples, padded on the right."""
-    batch = pad_batch(items, {"input_ids": pad_id, "labels": -100, "token_weight": 0.0})
+    """A batch of SFT examples or packs, padded on the right."""
+    fill = {"input_ids": pad_id, "labels": -100, "token_weight": 0.0}
+    if "position_ids" in items[0]:
+        # Attention finds the borders of a pack where positions begin again, if there is no mask; padding is beyond the last one.
+        batch = pad_batch(items, {**fill, "position_ids": 0})
+        del batch["attention_mask"]
+    else:
+        batch = pad_batch(items, fill)
     batch["weight"] = torch.tensor([item["weight"] for item in items])
+    batch["examples"] = torch.tensor([item.get("examples", 1) for item in items])
     return batch
+
+
+class PackingIsRight(TrainerCallback):
+    """Compares logits of packed and of single examples before training, and stops if examples of a pack see each other.
+
+    Which attention (or recurrence) keeps them apart is for the model to show, not for a list of names to say.
+    """
+
+    def __init__(self, trainer: SFTTrainer, items: Sequence[dict[str, Any]], pad_id: int) -> None:
+        self.trainer, self.pad_id = trainer, pad_id
+        self.items = sorted(items, key=lambda item: len(item["input_ids"]))[:2]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        model, alone = self.trainer.model_wrapped, []
+        was_training = model.training
+        model.eval()
+        run = lambda items: {n: v.to(args.device) for n, v in collate(items, self.pad_id).items()}
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            for item in self.items:
+                batch = run([_packed([item], "token")])
+                alone.append(
+                    model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+                )
+            batch = run([_packed(self.items, "token")])
+            together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        model.train(was_training)
+        expected = torch.cat(alone, 1).float()
+        apart = (together.float() - expected).abs().max().item() / max(expected.abs().max().item(), 1.0)
+        exact = together.dtype == torch.float32 and not (args.bf16 or args.fp16)
+        if apart > (1e-3 if exact else 5e-2):
+            name = type(self.trainer.accelerator.unwrap_model(self.trainer.model)).__name__
+            raise UserError(
+                f"packing: {name} does not keep packed dialogues apart (logits differ by {apart:.1%}): set packing: false"
+            )
 
 
 def _examples(path: str, args: SFTArguments, tokenizer: Any, step_format: StepFormat) -> Examples:
@@ -204,6 +294,9 @@ def train(args: SFTArguments) -> dict[str, float]:
     check_rows_layout(args, step_format)
     data = _examples(args.rows, args, tokenizer, step_format)
     held_out = _examples(args.eval_rows, args, tokenizer, step_format) if args.eval_rows else None
+    singles = data.items
+    if args.packing:
+        data, held_out = _in_packs(data, args), held_out and _in_packs(held_out, args)
     trainer = SFTTrainer(
         model=start_model(AutoModelForCausalLM, args),
         args=args,
@@ -212,7 +305,15 @@ def train(args: SFTArguments) -> dict[str, float]:
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=_callbacks(args),
     )
+    if args.packing and len(singles) > 1:
+        trainer.add_callback(PackingIsRight(trainer, singles, tokenizer.pad_token_id))
     return fit(trainer, tokenizer, step_format)
+
+
+def _in_packs(data: Examples, args: SFTArguments) -> Examples:
+    packed = Examples(pack(data.items, args.max_length, args.reduction))
+    report_counts("packing", {f"dialogues in {len(packed)} sequences": len(data)})
+    return packed
 
 
 def _callbacks(args: StepladderArguments) -> list[Any]:

@@ -27,10 +27,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 import stepladder
 from stepladder.basics import UserError
 from stepladder.config import build
-from stepladder.data_gen.rows import Dialogue, Message, Source, StepLabels, to_record
+from stepladder.data_gen.rows import Dialogue, Message, Pair, Source, StepLabels, to_record
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers import prm, sft
+from stepladder.trainers import dpo, prm, sft
 from stepladder.trainers.common import (
     LikeLengths,
     StepladderTrainer,
@@ -164,6 +164,21 @@ def _dialogues(number: int) -> list[Dialogue]:
     return rows
 
 
+def _pairs(number: int, seed: int) -> list[Pair]:
+    """Pairs of one to eight steps behind none to three; those of many steps lie further from the start of training."""
+    draw = random.Random(seed)
+    steps = lambda least, most: tuple(
+        f"{draw.randint(0, 12)} + {draw.randint(0, 12)}" for _ in range(draw.randint(least, most))
+    )
+    return [
+        Pair(
+            f"p{i}", f"Start {draw.randint(0, 12)} ;\n", steps(0, 3), steps(1, 8), steps(1, 8), 1.0, 0.0,
+            draw.randint(5, 9), draw.randint(0, 4), draw.random() < 0.5, draw.random() < 0.5, SOURCE,
+        )
+        for i in range(number)
+    ]  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def ground(tmp_path_factory: Any, tiny_policy: Any, lab_words: Any) -> Path:
     """A folder with a policy, rows and a config."""
@@ -177,7 +192,11 @@ def ground(tmp_path_factory: Any, tiny_policy: Any, lab_words: Any) -> Path:
     _write_rows(folder / "labels.jsonl", _step_labels(ROWS, 13))
     _write_rows(folder / "eval.jsonl", _step_labels(EVAL_ROWS, 1))
     _write_rows(folder / "dialogues.jsonl", _dialogues(ROWS))
+    _write_rows(folder / "pairs.jsonl", _pairs(ROWS, 2))
+    _write_rows(folder / "eval_pairs.jsonl", _pairs(EVAL_ROWS, 4))
     common = {"model": str(folder / "policy"), **PRM}
+    dpo_config = {**common, "rows": str(folder / "pairs.jsonl"), "eval_rows": str(folder / "eval_pairs.jsonl")}
+    (folder / "dpo.yaml").write_text(yaml.safe_dump({**dpo_config, "beta": 0.5, "visit_smoothing": True}))
     prm_config = {**common, "rows": str(folder / "labels.jsonl"), "eval_rows": str(folder / "eval.jsonl")}
     (folder / "prm.yaml").write_text(yaml.safe_dump(prm_config))
     sft_config = {**common, "rows": str(folder / "dialogues.jsonl"), "reduction": "token"}
@@ -274,6 +293,22 @@ def test_two_processes_train_what_one_trains(
     expected = sum(n for n, _ in nats) / sum(count for _, count in nats)
     assert _logged(tmp_path / "out", "eval_loss") == {PRM["max_steps"]: pytest.approx(expected, abs=1e-5)}
     assert _logged(one_process, "eval_loss") == {PRM["max_steps"]: pytest.approx(expected, abs=1e-4)}
+
+
+def test_two_processes_prefer_what_one_prefers(ground: Path, tmp_path: Path) -> None:
+    """DPO: the reference is computed in shares, and the loss is a mean over the pairs of both processes."""
+    reference = _alone(dpo, dpo.DPOArguments, ground / "dpo.yaml", tmp_path / "alone")
+    status, output = _launch("cpu_ddp", "dpo", ground / "dpo.yaml", tmp_path / "out")
+    assert status == 0, output[-4000:]
+    assert _engines(output) == ["engine: DistributedDataParallel, 2 processes"]
+    _assert_same_training(tmp_path / "out", reference)
+    kept = [json.loads((out / dpo.REFERENCE).read_text()) for out in (tmp_path / "out", reference)]
+    for name, count in (("train", ROWS), ("eval", EVAL_ROWS)):
+        flat = [[value for pair in one[name] for value in pair] for one in kept]
+        assert flat[0] == pytest.approx(flat[1], abs=1e-4)
+        assert len(flat[0]) == 2 * count
+    ours, theirs = (_logged(out, "eval_loss") for out in (tmp_path / "out", reference))
+    assert ours == pytest.approx(theirs, abs=1e-4)
 
 
 def test_bf16_leaves_labels_as_they_are(ground: Path, one_process: Path, tmp_path: Path) -> None:

@@ -108,6 +108,57 @@ def test_smollm2_word_problems_scaled_down(chat_model: Path, tmp_path: Path, cap
     assert capsys.readouterr().out.count("already there, inputs unchanged") == 18
 
 
+def test_smollm2_self_improve_scaled_down(chat_model: Path, tmp_path: Path, capsys: Any) -> None:
+    """Two rounds on additions of small numbers: what is sampled, learnt and preferred goes through every stage."""
+    word_problems(tmp_path)
+    asked = lambda n: f"Tin {n} holds {n % 3 + 1} nails and {n % 2 + 1} more are put in. How many?"
+    lines = [{"input": asked(n), "target": n % 3 + n % 2 + 2} for n in range(20)]
+    (tmp_path / "mawps" / "singleop.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = tmp_path / "run"
+    recipe = next(path for path in RECIPES if path.stem == "smollm2_self_improve")
+    tested = (
+        "tuned_greedy",
+        "greedy",
+        "policy_greedy",
+        "policy_samples",
+        "improved_samples",
+        "policy_unseen",
+        "improved_unseen",
+    )
+    command = [
+        "run", str(recipe), "--out", str(run), f"pretrained.source={chat_model}", f"defaults.task.folder={tmp_path}",
+        "defaults.dtype=float32", "defaults.max_length=512", "defaults.max_new_tokens=24",
+        "policy.lora_r=0", "policy.learning_rate=3e-3", "policy.num_train_epochs=24", "policy.save_steps=1000",
+        "samples.limit=16", "samples.samples=4", "tuned.max_steps=1", "improved.max_steps=2", "improved.max_rows=8",
+        "drafts.limit=16", "labels.limit=8", "labels.rollouts=2", "pairs.limit=8",
+        *(f"{stage}.limit=8" for stage in tested), "policy_samples.samples=2", "improved_samples.samples=2",
+    ]  # fmt: skip
+    main(command)
+    accuracy = {r["arm"]: r for r in read_json(run / "results.json") if r["metric"] == "accuracy"}
+    arms = {"policy", "tuned_1", "round_1", "tuned_2", "round_2", "policy_unseen", "round_2_unseen"}
+    assert {f"{policy}/greedy" for policy in arms} <= set(accuracy)
+    assert accuracy["round_2/greedy"]["n"] == accuracy["round_2_unseen/greedy"]["n"] == 8
+    import pyarrow.parquet as parquet
+
+    rows = lambda stage: parquet.read_table(run / stage / "rows.parquet").to_pylist()
+    ids = lambda stage: {row["problem_id"] for row in rows(stage)}
+    assert all(i.startswith("word_problems/singleop/") for i in ids("improved_unseen"))
+    learnt = set().union(*(ids(f"{stage}-{n}") for stage in ("chosen", "pairs") for n in (1, 2)), ids("lines"))
+    assert not learnt & (ids("greedy-2") | ids("improved_unseen") | ids("improved_samples"))
+    # Each round goes on from the one before: other samples, other pairs, another policy.
+    assert rows("samples-1") != rows("samples-2")
+    for number in (1, 2):
+        assert {row["source"]["policy"] for row in rows(f"pairs-{number}")} == {str(run / f"tuned-{number}")}
+        assert not any(row["label_source"] == "checker" for row in rows(f"labels-{number}"))
+        lines = (run / f"improved-{number}" / "metrics.jsonl").read_text()
+        assert '"chosen_drift"' in lines
+    weights = [(run / f"improved-{n}" / "model.safetensors").read_bytes() for n in (1, 2)]
+    assert weights[0] != weights[1]
+    capsys.readouterr()
+    main(command)
+    assert "done in" not in capsys.readouterr().out
+
+
 def test_smollm2_prm800k_scaled_down(chat_model: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
     rated = lambda text, rating: {"completions": [{"text": text, "rating": rating}], "chosen_completion": 0}

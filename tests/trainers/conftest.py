@@ -15,7 +15,7 @@ from stepladder.config import build
 from stepladder.data_gen.rows import Dialogue, Message, Node, Pair, Solution, Source, StepLabels, Tree
 from stepladder.data_gen.store import write_rows
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers import orm, prm, ranking, sft, value
+from stepladder.trainers import dpo, orm, prm, ranking, sft, value
 
 SOURCE = Source("policy", "engine", "chain", 0)
 KINDS = {
@@ -24,6 +24,7 @@ KINDS = {
     "sft": (sft.SFTArguments, sft.train),
     "ranking": (ranking.RankingArguments, ranking.train),
     "value": (value.ValueArguments, value.train),
+    "dpo": (dpo.DPOArguments, dpo.train),
 }
 
 
@@ -72,14 +73,17 @@ def pair_row(
     prefix: Sequence[str],
     chosen: Sequence[str],
     rejected: Sequence[str],
-    rewards=(1.0, 0.0),
+    rewards: tuple[float, float] = (1.0, 0.0),
     **fields: Any,
 ) -> Pair:
-    known: dict[str, Any] = {"prompt": f"Start {number % 13} ; + 5", **fields}
+    """A pair of finished solutions, or of steps behind a prefix."""
+    known: dict[str, Any] = {
+        "prompt": f"Start {number % 13} ; + 5", "n_chosen": 1, "n_rejected": 1,
+        "chosen_finished": not prefix, "rejected_finished": not prefix, "source": SOURCE, **fields,
+    }  # fmt: skip
     return Pair(
         problem_id=f"p{number}", prefix=tuple(prefix), chosen=tuple(chosen), rejected=tuple(rejected),
-        reward_chosen=rewards[0], reward_rejected=rewards[1], n_chosen=8, n_rejected=8, chosen_finished=True,
-        rejected_finished=True, source=SOURCE, **known,
+        reward_chosen=rewards[0], reward_rejected=rewards[1], **known,
     )  # fmt: skip
 
 
@@ -108,6 +112,10 @@ def some_rows(kind: str, count: int, seed: int = 0, longest: int = 6) -> list[An
         elif kind == "value":
             values = [rng.uniform(-1, 1) for _ in range(len(steps) + 1)]
             made.append(path_row(number, steps, values, rng.choice(["right", "wrong"])))
+        elif kind == "dpo":
+            prefix = steps_of(rng, rng.randint(0, 2))
+            counts = {"n_chosen": rng.randint(1, 9), "n_rejected": rng.randint(0, 5)}
+            made.append(pair_row(number, prefix, steps, steps_of(rng, rng.randint(1, longest)), **counts))
         else:
             reply = Message("assistant", "".join(step + "\n" for step in steps), train=True)
             made.append(dialogue_row(number, Message("user", f"Start {number % 13} ; + 5"), reply))

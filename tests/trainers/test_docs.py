@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from stepladder.trainers.common import StepladderArguments
+from stepladder.trainers.dpo import DPOArguments
 from stepladder.trainers.orm import ORMArguments
 from stepladder.trainers.prm import PRMArguments
 from stepladder.trainers.ranking import RankingArguments
@@ -24,7 +25,7 @@ def page(kind: str) -> str:
     return (DOCS / f"{kind}.md").read_text()
 
 
-@pytest.mark.parametrize("kind", ["prm", "orm", "sft"])
+@pytest.mark.parametrize("kind", ["prm", "orm", "sft", "dpo"])
 def test_the_example_trains(settings, train, starter, tmp_path, kind):
     [block] = re.findall(r"```yaml\n(.*?)```", page(kind), re.DOTALL)
     values = settings(kind)
@@ -42,6 +43,7 @@ PAGES = [
     ("prm", PRMArguments),
     ("orm", ORMArguments),
     ("sft", SFTArguments),
+    ("dpo", DPOArguments),
     ("tree_plv", RankingArguments),
     ("alphamath", ValueArguments),
 ]

@@ -64,6 +64,7 @@ CASES = [
     ("prm", {"labels": "soft"}),
     ("sft", {"lora_r": 2, "lora_dropout": 0.2}),
     ("prm", {"lora_r": 2, "lora_dropout": 0.2, "save_total_limit": None}),
+    ("dpo", {"lora_r": 2, "lora_dropout": 0.2, "visit_smoothing": True}),
 ]
 
 

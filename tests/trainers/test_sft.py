@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+import random
 from typing import Any
 
 import pytest
@@ -12,9 +14,10 @@ import torch
 from stepladder.basics import UserError
 from stepladder.config import build
 from stepladder.data_gen.rows import Message
+from stepladder.data_gen.store import write_rows
 from stepladder.models.step_format import StepFormat
 from stepladder.trainers.common import Examples
-from stepladder.trainers.sft import SFTArguments, SFTTrainer, collate, dialogue_example
+from stepladder.trainers.sft import SFTArguments, SFTTrainer, collate, dialogue_example, pack
 
 CHATML = (
     "{% for m in messages %}<start>{{ m.role }}\n{{ m.content }}<eos>\n{% endfor %}"
@@ -290,6 +293,87 @@ def test_the_loss_is_that_of_trl(tmp_path, trainer, items, lab_words, tiny_polic
     assert losses[0][2] < losses[0][0] - 0.05
     for ours_weight, their_weight in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
         torch.testing.assert_close(ours_weight, their_weight, rtol=1e-3, atol=1e-5)
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def weighted_items(rows: Any, tokenizer: Any, count: int = 12) -> list[dict[str, Any]]:
+    """Examples with weights of rows and of turns and with masked spans."""
+    step_format, made = StepFormat.for_policy(tokenizer, "\n"), []
+    for number, row in enumerate(rows.some("sft", count)):
+        user, reply = row.messages
+        reply = dataclasses.replace(reply, weight=0.5 + number % 3, mask_spans=((2, 3),) if number % 2 else ())
+        row = dataclasses.replace(row, messages=(user, reply), weight=(0.0, 1.0, 2.5)[number % 3])
+        made.append(dialogue_example(row, tokenizer, step_format, 500)[0])
+    return made
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_packs_have_the_loss_and_the_gradient_of_their_examples(trainer, rows, lab_words, reduction):
+    items = weighted_items(rows, lab_words)
+    assert {item["weight"] for item in items} == {0.0, 1.0, 2.5}
+    longest = max(len(item["input_ids"]) for item in items)
+    packs = pack(items, 2 * longest, reduction)
+    assert len(packs) < 8
+    single, packed = trainer(reduction, items), trainer(reduction, packs, packing=True)
+    found = []
+    for made, some in ((single, items), (packed, packs)):
+        loss = made.compute_loss(made.model, collate(some, 0))
+        loss.backward()
+        found.append((loss.item(), [weight.grad for weight in made.model.parameters()]))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5, rel=1e-6)
+    for a, b in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_packs_hold_every_example_once_and_no_more_than_fits():
+    rng = random.Random(0)
+    lengths = [rng.randint(2, 40) for _ in range(300)]
+    items = [
+        {"input_ids": [n] * k, "labels": [n] * k, "token_weight": [1.0] * k, "weight": 1.0}
+        for n, k in enumerate(lengths)
+    ]
+    packs = pack(items, 40, "token")
+    assert sorted(i for one in packs for i in dict.fromkeys(one["input_ids"])) == list(range(300))
+    assert max(len(one["input_ids"]) for one in packs) <= 40
+    assert len(packs) <= math.ceil(sum(lengths) / 40 * 1.02)
+    for one in packs:
+        assert one["examples"] == len(set(one["input_ids"])) == one["position_ids"].count(0)
+        begin = [i for i, position in enumerate(one["position_ids"]) if position == 0]
+        assert all(one["labels"][i] == -100 for i in begin)
+        assert one["labels"].count(-100) == len(begin)
+    assert packs == pack(items, 40, "token")
+
+
+def test_a_training_on_packs_equals_one_on_single_examples(rows, settings, train, tmp_path, capsys):
+    """All rows in each step, so that the steps are the same: equal losses over four steps, and equal evaluations."""
+    write_rows(tmp_path / "held_out", rows.some("sft", 7, seed=9))
+    found = []
+    for packing in (False, True):
+        values = settings(
+            "sft", per_device_train_batch_size=16, packing=packing, max_length=120, output_dir=str(tmp_path / f"{packing}"),
+            eval_rows=str(tmp_path / "held_out"), per_device_eval_batch_size=2,
+        )  # fmt: skip
+        found.append(train("sft", values))
+    losses = [[line["loss"] for line in one.lines if "loss" in line] for one in found]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert len(losses[0]) == 4
+    assert found[0].metrics["eval_loss"] == pytest.approx(found[1].metrics["eval_loss"], rel=1e-5)
+    assert "packing: 16 dialogues in " in capsys.readouterr().out
+
+
+def test_a_model_that_lets_packed_dialogues_see_each_other_is_refused(settings, train, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def mixing(self: Any, *args: Any, position_ids: Any = None, **options: Any) -> Any:
+        return forward(self, *args, position_ids=torch.arange(position_ids.shape[1])[None], **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", mixing)
+    with pytest.raises(UserError, match="LlamaForCausalLM does not keep packed dialogues apart"):
+        train("sft", settings("sft", packing=True))
 
 
 # --- the whole training -----------------------------------------------------------------------------------------------

@@ -1,0 +1,271 @@
+"""Preference training (DPO and step-DPO) of a policy on pairs of solutions or of single steps.
+
+TRL's DPO trainer (1.16) tokenises joined text, ends every completion with an end-of-sequence token, has one label smoothing for
+all pairs (and none for its sigmoid loss), and averages over micro-batches. Each of these is wrong for steps, so this one stands
+on transformers' Trainer; on whole solutions both give the same losses, which a test shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..basics import UserError, fingerprint, fingerprint_path, make_folder, read_json, write_json
+from ..config import option
+from ..data_gen.rows import Pair
+from ..data_gen.store import read_rows
+from ..models.loading import load_policy_format, load_tokenizer
+from ..models.step_format import StepFormat
+from . import losses
+from .common import (
+    Examples,
+    MetricsFile,
+    StepladderArguments,
+    StepladderTrainer,
+    check_rows_layout,
+    fit,
+    pad_batch,
+    pick_rows,
+    report_counts,
+    run_trainer,
+    start_model,
+)
+from .forward import answer_logprobs, takes_positions
+
+REFERENCE = (
+    "reference.json"  # in the output folder: log-probabilities of all pairs under the model that training starts from
+)
+
+
+@dataclass
+class DPOArguments(StepladderArguments):
+    """Trains a policy on Pair rows: the chosen side becomes more probable against the rejected one."""
+
+    beta: float = option(0.1, "how much a nat of difference to the starting model counts; small values let it move far")
+    loss: str = option("sigmoid", "sigmoid (DPO) or ipo")
+    label_smoothing: float = option(0.0, "chance that a preference is the wrong way round, in [0, 0.5)")
+    visit_smoothing: bool = option(
+        False, "take that chance from each pair's counts: min(n_rejected / (n_rejected + max(1, n_chosen)), 0.5)"
+    )
+    sft_weight: float = option(0.0, "weight of the chosen side's mean cross-entropy (iterative RPO's alpha)")
+    margin: float = option(0.0, "leave out pairs whose rewards differ by less than this")
+    separator: str = option("\n", "text that ends a step, for a policy that has no step format yet")
+
+    def __post_init__(self) -> None:
+        self.check_given("model", "rows")
+        if self.loss not in ("sigmoid", "ipo"):
+            raise ValueError(f"loss must be sigmoid or ipo, found {self.loss!r}")
+        if self.beta <= 0:
+            raise ValueError(f"beta must be greater than 0, found {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), found {self.label_smoothing}")
+        if self.visit_smoothing and self.label_smoothing:
+            raise ValueError("give label_smoothing or visit_smoothing, not both")
+        if self.loss == "ipo" and (self.visit_smoothing or self.label_smoothing):
+            raise ValueError("label smoothing belongs to the sigmoid loss")
+        if self.sft_weight < 0 or self.margin < 0:
+            raise ValueError("sft_weight and margin must be 0 or more")
+        super().__post_init__()
+
+
+def pair_example(
+    row: Pair, tokenizer: Any, step_format: StepFormat, args: DPOArguments
+) -> tuple[dict[str, Any] | None, str]:
+    """(example with the ids of both sides, where they begin and the pair's smoothing; what happened to the row).
+
+    Prompt and prefix are encoded once and the steps' ids are appended, so that both sides part exactly behind the prefix. A step
+    that is not the last ends with the separator's ids; a finished side ends as the generator ends a solution, with the
+    end-of-sequence token and no separator.
+    """
+    if abs(row.reward_chosen - row.reward_rejected) < args.margin - 1e-9:
+        return None, "below the margin"
+    if not row.chosen or not row.rejected:
+        return None, "without a step on one side"
+    shared = step_format.encode(tokenizer, row.prompt, row.prefix).ids
+    sides = []
+    for steps, finished in ((row.chosen, row.chosen_finished), (row.rejected, row.rejected_finished)):
+        ids = step_format.encode_after(tokenizer, shared, steps).ids
+        if finished:
+            ids = (*ids[: -len(step_format.separator_ids)], tokenizer.eos_token_id)
+        sides.append(ids)
+    if sides[0] == sides[1]:
+        return None, "alike on both sides"
+    if max(map(len, sides)) > args.max_length:
+        return None, "too long"
+    smoothing = args.label_smoothing
+    if args.visit_smoothing:
+        smoothing = losses.visit_smoothing(row.n_chosen, row.n_rejected)
+        if smoothing == 0.5:
+            return None, "whose counts leave it open which side is better"
+    return {"input_ids": [list(ids) for ids in sides], "start": len(shared), "smoothing": smoothing}, "kept"
+
+
+def collate(items: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch of B pairs: `input_ids`, `labels` and `attention_mask` [B, 2, S], chosen first, and what belongs to a pair [B]."""
+    sides = [
+        {"input_ids": ids, "labels": [-100] * item["start"] + ids[item["start"] :]}
+        for item in items
+        for ids in item["input_ids"]
+    ]
+    padded = pad_batch(sides, {"input_ids": pad_id, "labels": -100})
+    batch = {name: value.unflatten(0, (len(items), 2)) for name, value in padded.items()}
+    batch["smoothing"] = torch.tensor([item["smoothing"] for item in items])
+    if "reference" in items[0]:
+        batch["reference"] = torch.tensor([item["reference"] for item in items])
+    return batch
+
+
+def examples_of(items: Sequence[dict[str, Any]]) -> Examples:
+    """Examples of pairs; the length of a pair is that of its longer side."""
+    data = Examples(items)
+    data.lengths = [max(map(len, item["input_ids"])) for item in items]
+    return data
+
+
+class DPOTrainer(StepladderTrainer):
+    """A mean of losses.preference_loss or losses.ipo_loss over the pairs of an optimiser step."""
+
+    args: DPOArguments
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.pick = takes_positions(self.model)
+
+    def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.tensor(len(batch["input_ids"]))
+
+    def logprobs(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """(log-probabilities [B, 2] of the chosen and the rejected side, summed over their tokens; numbers of tokens [B, 2])."""
+        flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask")}
+        found, tokens = answer_logprobs(model, flat, pick=self.pick)
+        return found.unflatten(0, (-1, 2)), tokens.unflatten(0, (-1, 2))
+
+    def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        found, tokens = self.logprobs(model, batch)
+        ratio = found - batch["reference"]
+        chosen, rejected = ratio.unbind(1)
+        if self.args.loss == "sigmoid":
+            loss = losses.preference_loss(chosen, rejected, self.args.beta, batch["smoothing"])
+        else:
+            loss = losses.ipo_loss(chosen, rejected, self.args.beta, *tokens.unbind(1))
+        if self.args.sft_weight:
+            loss = loss - self.args.sft_weight * found[:, 0] / tokens[:, 0]
+        return loss.sum(), {
+            "chosen_logprob": found[:, 0].mean().item(),
+            "rejected_logprob": found[:, 1].mean().item(),
+            "chosen_drift": chosen.mean().item(),
+            "rejected_drift": rejected.mean().item(),
+            "reward_margin": self.args.beta * (chosen - rejected).mean().item(),
+            "accuracy": (chosen > rejected).float().mean().item(),
+        }
+
+
+class Reference(TrainerCallback):
+    """Gives every pair its log-probabilities under the starting model, computed once and kept in reference.json.
+
+    They are computed by the model as it is built for training (sharded or not), before its first step; a resumed training, whose
+    model has moved, reads them. With LoRA the reference is the base: adapters are off.
+    """
+
+    def __init__(self, trainer: DPOTrainer, datasets: dict[str, Examples], model: str) -> None:
+        self.trainer, self.datasets = trainer, datasets
+        content = fingerprint_path(model) if Path(model).is_dir() else model
+        ids = {name: [[item["input_ids"], item["start"]] for item in data.items] for name, data in datasets.items()}
+        self.key = fingerprint([content, ids])
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        path = Path(args.output_dir) / REFERENCE
+        kept = read_json(path) if path.is_file() else {}
+        args.distributed_state.wait_for_everyone()  # nobody may write before all have looked
+        if kept.get("key") != self.key:
+            if state.global_step:
+                raise UserError(
+                    f"{path}: not of these rows and this model, and checkpoint {state.global_step} has moved away from its start; "
+                    "remove the checkpoints to begin again"
+                )
+            kept = {"key": self.key, **{name: self._compute(data) for name, data in self.datasets.items()}}
+            if state.is_world_process_zero:
+                write_json(path, kept)
+        for name, data in self.datasets.items():
+            for item, values in zip(data.items, kept[name], strict=True):
+                item["reference"] = values
+
+    def _compute(self, data: Examples) -> list[list[float]]:
+        trainer, args = self.trainer, self.trainer.args
+        order = sorted(range(len(data)), key=lambda i: (data.lengths[i], i))
+        size = args.per_device_eval_batch_size
+        # Batches are the same for any number of processes; each has as many, for a sharded model runs in all of them at once.
+        batches = [order[s : s + size] for s in range(0, len(order), size)]
+        rounds = -(-len(batches) // args.world_size)
+        mine = [batches[(r * args.world_size + args.process_index) % len(batches)] for r in range(rounds)]
+        model = trainer.model_wrapped
+        plain = trainer.accelerator.unwrap_model(trainer.model)
+        off = plain.disable_adapter() if hasattr(plain, "disable_adapter") else contextlib.nullcontext()
+        was_training = model.training
+        model.eval()
+        found: dict[int, list[float]] = {}
+        with torch.no_grad(), off:
+            for indices in mine:
+                batch = trainer.data_collator([data[i] for i in indices])
+                batch = {name: value.to(args.device) for name, value in batch.items()}
+                with trainer.compute_loss_context_manager():
+                    values, _ = trainer.logprobs(model, batch)
+                found.update(zip(indices, values.float().tolist(), strict=True))
+        model.train(was_training)
+        if args.world_size > 1:
+            everything: list[Any] = [None] * args.world_size
+            torch.distributed.all_gather_object(everything, found)
+            found = {index: values for share in everything for index, values in share.items()}
+        return [found[i] for i in range(len(data))]
+
+
+def _examples(path: str, args: DPOArguments, tokenizer: Any, step_format: StepFormat) -> Examples:
+    counts: Counter[str] = Counter()
+    items = []
+    for row in pick_rows(read_rows(path, Pair), args.max_rows, args.seed):
+        item, what = pair_example(row, tokenizer, step_format, args)
+        counts[what] += 1
+        if item is not None:
+            items.append(item)
+    report_counts(path, dict(counts))
+    if not items:
+        raise UserError(f"{path}: no pair can be trained on ({dict(counts)}, max_length {args.max_length})")
+    return examples_of(items)
+
+
+def train(args: DPOArguments) -> dict[str, float]:
+    """Trains a policy and writes its checkpoint; returns the final metrics."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(args.model)
+    step_format = load_policy_format(args.model, tokenizer, args.separator)
+    if step_format.head != "none":
+        raise UserError(
+            f"{args.model}: its step format says head: {step_format.head}, so it is a reward model and not a policy"
+        )
+    check_rows_layout(args, step_format)
+    data = _examples(args.rows, args, tokenizer, step_format)
+    held_out = _examples(args.eval_rows, args, tokenizer, step_format) if args.eval_rows else None
+    make_folder(args.output_dir)
+    trainer = DPOTrainer(
+        model=start_model(AutoModelForCausalLM, args),
+        args=args,
+        train_dataset=data,
+        eval_dataset=held_out,
+        data_collator=lambda items: collate(items, tokenizer.pad_token_id),
+        callbacks=[MetricsFile(args.output_dir)],
+    )
+    datasets = {"train": data, **({"eval": held_out} if held_out is not None else {})}
+    trainer.add_callback(Reference(trainer, datasets, args.model))
+    return fit(trainer, tokenizer, step_format)
+
+
+if __name__ == "__main__":
+    run_trainer(DPOArguments, train, "stepladder.trainers.dpo")
