@@ -18,7 +18,7 @@ HELP = """usage: stepladder COMMAND ...
   run RECIPE.yaml [--out DIR] [stage.key=value ...]    the stages of a recipe; what is done is skipped
   data STAGE --config FILE [--key value ...]           demonstrations, solutions, step_labels, best_solutions, prm800k,
                                                        omegaprm, best_first, first_pit, tree_labels, tree_pairs, sorm
-  train STAGE --config FILE [--key value ...]          sft, orm, prm
+  train STAGE --config FILE [--key value ...]          sft, orm, prm, rl
   search STAGE --config FILE [--key value ...]         beam
   eval STAGE --config FILE [--key value ...]           policies, prm, processbench
   claims run NAME [--out DIR] [--results DIR]          puts a paper's claim to the test: all its seeds, one result file

@@ -54,6 +54,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "train.sft": ("..trainers.sft:SFTArguments", _trainer("sft")),
     "train.orm": ("..trainers.orm:ORMArguments", _trainer("orm")),
     "train.prm": ("..trainers.prm:PRMArguments", _trainer("prm")),
+    "train.rl": ("..trainers.rl:RLArguments", _trainer("rl")),
     "search.beam": (search.Beam, _stage(".making", "make_beam")),
     "eval.policies": (evaluation.EvaluatePolicies, _stage(".evaluate", "evaluate_policies")),
     "eval.prm": (evaluation.EvaluatePRM, _stage(".evaluate", "evaluate_prm")),
