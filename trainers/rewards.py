@@ -7,6 +7,7 @@ future, as rewards are. `own` belong to one step alone: they are added to the ad
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,16 +74,16 @@ def step_reward(
     `pav`          own_k = c (Q_k - Q_{k-1}), Q = 1 - (1 - P)^prover_k, the closed form of the best of K samples: the advantage of
                    a prover (arXiv:2410.08146 Eq. 5). It is not summed over the future: that sum would be the outcome again.
     """
-    root, *after = scores
+    after = list(scores[1:])
     if form == "none" or not after:
         return (), ()
     if form == "pav":
         q = [1 - (1 - p) ** prover_k for p in scores]
-        return (), tuple(coefficient * (b - a) for a, b in zip(q, q[1:], strict=False))
+        return (), tuple(coefficient * (b - a) for a, b in itertools.pairwise(q))
     if form == "sum":
         found = after
     elif form == "difference":
-        found = [b - a for a, b in zip([root, *after], after, strict=False)]
+        found = [b - a for a, b in itertools.pairwise(scores)]
     elif form == "clip":
         found = [min(p - margin, 0.0) for p in after]
     elif form == "delta":

@@ -16,14 +16,18 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Log-probabilities [B, S-1] in nats of ids[:, 1:] under softmax(logits[:, :-1] / temperature)."""
-    scaled = logits[:, :-1].float() / temperature
+    scaled = _full(logits[:, :-1]) / temperature
     return scaled.gather(-1, ids[:, 1:, None]).squeeze(-1) - scaled.logsumexp(-1)
 
 
 def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Entropy [B, S-1] in nats of softmax(logits[:, :-1] / temperature): H = log sum e^z - sum p z, over the whole vocabulary."""
-    scaled = logits[:, :-1].float() / temperature
+    scaled = _full(logits[:, :-1]) / temperature
     return scaled.logsumexp(-1) - (scaled.softmax(-1) * scaled).sum(-1)
+
+
+def _full(logits: torch.Tensor) -> torch.Tensor:
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 # --- means -------------------------------------------------------------------------------------------------------------
@@ -200,10 +204,11 @@ def importance_weight(old_logp: torch.Tensor, engine_logp: torch.Tensor, cap: fl
 def reduce_loss(losses: torch.Tensor, mask: torch.Tensor, how: str) -> torch.Tensor:
     """The loss summed over what it is to be averaged over, a scalar; `loss_items` counts that.
 
-    `sequence`: sum_b (sum_t l_bt / len_b), a mean over sequences of their means (ReFT, GRPO);  `token`: sum_bt l_bt, over all tokens
-    of the global batch (DAPO);  `constant`: sum_bt l_bt, over sequences x longest possible response (Dr. GRPO);  `sum`: the
-    same over sequences (REINFORCE of whole sequences, RLOO);  `micro_batch`: the token mean of this micro-batch, over
-    micro-batches (BNPO).
+    `sequence`     sum_b (sum_t l_bt / len_b), over sequences (ReFT, GRPO)
+    `token`        sum_bt l_bt, over all tokens of the global batch (DAPO)
+    `constant`     sum_bt l_bt, over sequences x longest possible response (Dr. GRPO)
+    `sum`          sum_bt l_bt, over sequences (REINFORCE of whole sequences, RLOO)
+    `micro_batch`  the token mean of this micro-batch, over micro-batches (BNPO)
     """
     kept = torch.where(mask, losses, 0.0)
     if how == "sequence":
