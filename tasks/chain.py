@@ -165,6 +165,13 @@ class ChainArith:
             return Verdict(answer, Outcome.RIGHT)
         return Verdict(answer, Outcome.WRONG, f"the answer is {problem.answer}, found {answer}")
 
+    def holds(self, step: str) -> bool:
+        """Whether a line's equation holds mod p, whatever the problem asked; an answer line holds."""
+        line = _STEP.fullmatch(step.strip())
+        if not line:
+            return bool(_ANSWER.fullmatch(step.strip()))
+        return int(line[4]) == apply(int(line[1]), line[2], int(line[3]), self.p)
+
     def check_steps(self, problem: Problem, steps: Sequence[str]) -> list[StepCheck]:
         """Exact checks of each step.
 

@@ -104,6 +104,7 @@ class RLArguments(StepladderArguments):
     value_coefficient: float = option(1.0, "ppo: weight of the value loss")
     value_clip: float = option(0.2, "ppo: values are clipped around the old ones; 0: not at all")
 
+    outcome_weight: float = option(1.0, "weight of the outcome reward; 0 leaves process rewards alone")
     partial_reward: float = option(0.1, "outcome reward of a wrong answer that could be read; a right one earns 1")
     process_reward: str = option("", "reward model that scores steps; or, where the task can, checker or facts")
     process_form: str = option("none", "how step scores become rewards: sum, difference, clip, delta, min, pav, none")
@@ -360,6 +361,7 @@ class PolicyTrainer(StepladderTrainer):
         self.task, self.problems, self.held_out, self.scorer = task, problems, held_out, scorer
         self.tokenizer, self.step_format, self.transforms = tokenizer, step_format, transforms
         self.engine: TrainingEngine | None = None
+        self._judged: tuple[int, dict[str, float]] | None = None
         super().__init__(train_dataset=Examples([]), eval_dataset=held_out or None, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -452,7 +454,8 @@ class PolicyTrainer(StepladderTrainer):
                 one, args.process_form, coefficient=args.process_coefficient, temperature=args.process_temperature,
                 margin=args.process_margin, prover_k=args.prover_k,
             )  # fmt: skip
-            reward = earned.Reward(earned.outcome_reward(rollout.verdict, args.partial_reward), steps, own)
+            outcome = args.outcome_weight * earned.outcome_reward(rollout.verdict, args.partial_reward)
+            reward = earned.Reward(outcome, steps, own)
             for transform in self.transforms:
                 reward = transform(rollout, reward)
             found.append(reward)
@@ -606,12 +609,15 @@ class PolicyTrainer(StepladderTrainer):
         """Greedy accuracy and length on held-out problems, logged as eval_accuracy and eval_length."""
         from accelerate.utils import gather_object
 
+        if self._judged and self._judged[0] == self.state.global_step:
+            return self._judged[1]  # the Trainer evaluates after its last step, and `fit` once more
         mine = self.held_out[self.args.process_index :: self.args.world_size]
         # Where weights are split all processes must take part in gathering them, also one without a problem.
         rollouts = self.generate(mine, [(0,)] * len(mine), 0.0)
         found = [{"accuracy": float(one.verdict.right), "length": float(len(one.ids))} for one in rollouts]
         found = gather_object(found) if self.args.world_size > 1 else found
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in earned.means(found).items()}
+        self._judged = (self.state.global_step, metrics)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
