@@ -20,7 +20,7 @@ HELP = """usage: stepladder COMMAND ...
                                                        omegaprm, best_first, first_pit, tree_labels, tree_pairs, sorm
   train STAGE --config FILE [--key value ...]          sft, orm, prm, rl
   search STAGE --config FILE [--key value ...]         beam
-  eval STAGE --config FILE [--key value ...]           policies, prm, processbench
+  eval STAGE --config FILE [--key value ...]           policies, behaviour, prm, processbench
   claims run NAME [--out DIR] [--results DIR]          puts a paper's claim to the test: all its seeds, one result file
   claims table [--results DIR] [--out FILE]            the page of all claims from their result files; claims list: names
   import-gguf FILE --out DIR [--dtype bfloat16]        a plain Hugging Face checkpoint from a GGUF file

@@ -57,6 +57,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "train.rl": ("..trainers.rl:RLArguments", _trainer("rl")),
     "search.beam": (search.Beam, _stage(".making", "make_beam")),
     "eval.policies": (evaluation.EvaluatePolicies, _stage(".evaluate", "evaluate_policies")),
+    "eval.behaviour": (evaluation.EvaluateBehaviour, _stage(".behaviour", "evaluate_behaviour")),
     "eval.prm": (evaluation.EvaluatePRM, _stage(".evaluate", "evaluate_prm")),
     "eval.processbench": (evaluation.EvaluateProcessBench, _stage(".evaluate", "evaluate_processbench")),
     "report": (evaluation.Report, _stage(".evaluate", "make_report")),

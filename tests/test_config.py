@@ -205,3 +205,12 @@ def test_help_lists_every_field(capsys):
     assert "folder (required): where it goes" in shown
     assert "steps (10): how many" in shown
     assert "A config for tests." in shown
+
+
+def test_merged_keys_give_way_to_those_beside_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("one: &one {a: 1, b: 2}\ntwo: {<<: *one, b: 3}\n")
+    assert read_yaml(path) == {"one": {"a": 1, "b": 2}, "two": {"a": 1, "b": 3}}
+    path.write_text("one: &one {a: 1}\ntwo: {<<: *one, b: 3, b: 4}\n")
+    with pytest.raises(UserError, match="key 'b' is given twice"):
+        read_yaml(path)
