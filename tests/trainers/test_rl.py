@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -456,6 +457,47 @@ def test_tied_weights_are_saved_and_sampled(settings: Any, tmp_path: Path, polic
     assert found.steps[-1]["engine_gap"] < 1e-4
     trained = AutoModelForCausalLM.from_pretrained(found.out)
     assert trained.lm_head.weight.data_ptr() == trained.model.embed_tokens.weight.data_ptr()
+
+
+def test_activation_checkpointing_changes_nothing(settings: Any, tmp_path: Path) -> None:
+    plain = run(settings(output_dir=str(tmp_path / "plain")), by_ids)
+    found = run(settings(gradient_checkpointing=True, output_dir=str(tmp_path / "kept")), by_ids)
+    assert [line["loss"] for line in found.steps] == pytest.approx([line["loss"] for line in plain.steps], abs=1e-6)
+    assert found.steps[-1]["engine_gap"] < 1e-4
+
+
+def test_samples_are_a_table_in_wandb(settings: Any, starter: Any, tmp_path: Path) -> None:
+    values = settings(report_to="wandb", rollouts=2)
+    path = tmp_path / "rl.yaml"
+    path.write_text(yaml.safe_dump(values))
+    environment = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    ended = starter("stepladder.trainers.rl", "--config", path, environment=environment)
+    assert ended.status == 0, ended.err
+    tables = [json.loads(p.read_text()) for p in (tmp_path / "wandb").rglob("samples_*.table.json")]
+    assert tables
+    assert {"problem_id", "text", "reward"} <= set(tables[0]["columns"])
+    shown = [json.loads(line) for line in (tmp_path / "out" / rl.SAMPLES).read_text().splitlines()]
+    texts = {row[table["columns"].index("text")] for table in tables for row in table["data"]}
+    assert texts <= {one["text"] for one in shown}
+
+
+def test_the_page_names_every_option_with_its_default_and_its_example_trains(settings: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rl.md").read_text()
+    rows = {line.split("|")[1].strip(" `"): line for line in page.splitlines() if line.startswith("| `")}
+    for field in dataclasses.fields(rl.RLArguments):
+        if field.name in vars(rl.RLArguments)["__annotations__"] and field.name not in ("args", "task", "vllm_options"):
+            shown = {"True": "true", "False": "false", "None": "null"}.get(str(field.default), field.default)
+            assert field.name in rows, f"docs/rl.md says nothing of {field.name}"
+            assert rows[field.name].split("|")[2].strip(" `") == str(shown).replace("\n", '"\\n"'), field.name
+    [block] = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    small = settings(rollouts=1, prompts=4, per_device_train_batch_size=16, eval_problems=2)
+    found = run(
+        {**yaml.safe_load(block), "learning_rate": 1e-4, **{k: small[k] for k in small if k not in ("task", "samples")}}
+    )
+    metrics = {name for line in found.lines for name in line}
+    for name in re.findall(r"`(\w+)`", page.split("## What is logged")[1].split("`samples.jsonl`")[0]):
+        known = metrics | {"report_to", "eval_split", "reward", "max_new_tokens", "rloo", "grpo", "wandb"}
+        assert name in known or name in ("process_reward", "flawed_right", "length_right", "explained_variance"), name
 
 
 # --- vLLM's seam ---------------------------------------------------------------------------------------------------------------
