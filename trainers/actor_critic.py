@@ -28,6 +28,7 @@ class ActorCritic(torch.nn.Module):
         self.config = policy.config  # DeepSpeed sizes its buckets by it
         if reference is not None:
             reference.requires_grad_(False)
+        module: Any
         for module in self.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

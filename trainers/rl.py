@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import torch
 
 from ..basics import UserError, fold_seed, make_folder, write_atomic
-from ..config import option
 from ..models.engine import Request, Sampling, StopReason
 from ..models.loading import load_model, load_policy_format, load_tokenizer
 from ..models.reward import RewardModel
@@ -31,7 +29,6 @@ from .actor_critic import ActorCritic, TrainingEngine, vllm_engine
 from .common import (
     Examples,
     MetricsFile,
-    StepladderArguments,
     StepladderTrainer,
     fit,
     merge_adapter,
@@ -40,180 +37,10 @@ from .common import (
     run_trainer,
     start_model,
 )
+from .rl_arguments import RLArguments
 
-ALGORITHMS = ("ppo", "rloo", "grpo")
 CHECKERS = ("checker", "facts")  # stand-ins for a reward model, where a task can check steps itself
 SAMPLES = "samples.jsonl"  # some responses of every rollout, to read
-# What other trainers count in optimiser steps or rows, and what says it here.
-_COUNTED_IN_ROLLOUTS = {
-    "num_train_epochs": "rollouts",
-    "max_steps": "rollouts",
-    "logging_steps": "log_every",
-    "save_steps": "save_every",
-    "eval_steps": "eval_every",
-    "eval_strategy": "eval_every",
-    "rows": "task and split",
-    "eval_rows": "eval_split",
-    "max_rows": "limit",
-    "lora_dropout": "nothing: with dropout the first pass over a batch has no ratio of 1",
-}
-
-
-@dataclass
-class RLArguments(StepladderArguments):
-    """Trains a policy online on the verdicts of a task (PPO, RLOO or GRPO)."""
-
-    algorithm: str = option("ppo", "ppo (critic and GAE), rloo (leave one out) or grpo (relative to the group)")
-    task: dict[str, Any] = option({"kind": "chain"}, "the task: kind and its fields")
-    split: str = option("train", "the split whose problems are sampled")
-    limit: int = option(0, "use the first so many problems; 0 for all")
-    separator: str = option("\n", "text that ends a step, for a policy that has no step format yet")
-
-    rollouts: int = option(100, "how often the policy is sampled and updated")
-    prompts: int = option(64, "problems of one rollout, over all processes")
-    samples: int = option(4, "responses to each problem")
-    max_new_tokens: int = option(128, "longest response in tokens")
-    temperature: float = option(1.0, "sampling temperature, of ratios and KL too")
-    update_epochs: int = option(2, "passes over each rollout")
-    generation_batch: int = option(256, "responses sampled at once")
-
-    policy_loss: str = option("clip", "clip (token ratios), gspo (clipped sequence ratios) or cispo (capped weights)")
-    clip_low: float = option(0.2, "ratios are clipped at 1 - clip_low")
-    clip_high: float = option(0.2, "ratios are clipped at 1 + clip_high")
-    reduction: str = option(
-        "", "what the loss is a mean over: sequence, token, constant, sum, micro_batch; empty: as published"
-    )
-    scale_by_std: bool = option(True, "grpo: divide by the group's standard deviation")
-    whiten: bool | None = option(None, "whiten advantages over the global batch; null: with ppo only")
-    mask_truncated: bool = option(False, "leave responses that were cut at max_new_tokens out of the loss")
-    importance_cap: float = option(0.0, "cap of the weight pi_train / pi_engine; 0: no weight")
-
-    kl_coefficient: float = option(0.05, "weight of the KL penalty against the policy that training started from")
-    kl_in: str = option("", "reward or loss; empty: in the reward, with grpo in the loss")
-    kl_estimator: str = option("", "k1, k2 or k3; empty: k1 in the reward, k3 in the loss")
-    reference: bool = option(True, "keep the starting policy, to penalise or measure KL; false saves its memory")
-    entropy_coefficient: float = option(0.0, "weight of an entropy bonus")
-
-    gamma: float = option(1.0, "ppo: discount of a token")
-    lam: float = option(0.95, "ppo: lambda of GAE")
-    critic: str = option(
-        "", "ppo: checkpoint with one label to start the critic from; empty: the policy with a new head"
-    )
-    critic_learning_rate: float = option(0.0, "ppo: learning rate of the critic; 0: that of the policy")
-    critic_warmup: int = option(0, "ppo: rollouts in which the critic alone is trained")
-    value_coefficient: float = option(1.0, "ppo: weight of the value loss")
-    value_clip: float = option(0.2, "ppo: values are clipped around the old ones; 0: not at all")
-
-    outcome_weight: float = option(1.0, "weight of the outcome reward; 0 leaves process rewards alone")
-    partial_reward: float = option(0.1, "outcome reward of a wrong answer that could be read; a right one earns 1")
-    process_reward: str = option("", "reward model that scores steps; or, where the task can, checker or facts")
-    process_form: str = option("none", "how step scores become rewards: sum, difference, clip, delta, min, pav, none")
-    process_coefficient: float = option(1.0, "weight of process rewards (alpha of pav)")
-    process_temperature: float = option(0.1, "min: temperature of the weights; near 0 is a hard minimum")
-    process_margin: float = option(0.5, "clip: scores above it cost nothing")
-    prover_k: int = option(1, "pav: the prover is the best of so many samples")
-    process_dtype: str = option("float32", "precision of the reward model")
-    false_positives: float = option(0.0, "share of wrong steps that checker or facts take for right")
-    overlong_buffer: int = option(0, "subtract up to 1 from responses that end in the last so many tokens; 0: off")
-    most_repetition: float = option(1.0, "an outcome of -1 if a larger share of the steps repeats others; 1: off")
-
-    eval_split: str = option("dev", "split of the greedy evaluation")
-    eval_problems: int = option(200, "problems of the greedy evaluation")
-    eval_every: int = option(
-        0, "rollouts between evaluations; 0: at the end only, and not at all without eval_problems"
-    )
-    log_every: int = option(1, "rollouts between two lines of metrics.jsonl")
-    save_every: int = option(10, "rollouts between checkpoints")
-    shown_samples: int = option(2, "responses of each rollout that are kept to read")
-    backend: str = option("transformers", "what samples: transformers (the training weights in process) or vllm")
-    vllm_options: dict[str, Any] = option({}, "options of vllm.LLM, gpu_memory_utilization for one")
-
-    learning_rate: float = option(1e-6, "learning rate of the policy")
-    lr_scheduler_type: Any = option("constant", "learning-rate schedule")
-
-    def __post_init__(self) -> None:
-        self.check_given("model")
-        for name, instead in _COUNTED_IN_ROLLOUTS.items():
-            if getattr(self, name) != _default(type(self), name):
-                raise ValueError(f"{name} has no meaning in online training; what says it here: {instead}")
-        for name, known in (
-            ("algorithm", ALGORITHMS),
-            ("policy_loss", ("clip", "gspo", "cispo")),
-            ("reduction", ("", *rl_math.REDUCTIONS)),
-            ("kl_in", ("", "reward", "loss")),
-            ("kl_estimator", ("", *rl_math.KL_ESTIMATORS)),
-            ("process_form", earned.FORMS),
-            ("backend", ("transformers", "vllm")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(k or 'empty' for k in known)}, found {getattr(self, name)!r}"
-                )
-        for name in ("rollouts", "prompts", "samples", "max_new_tokens", "update_epochs", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}")
-        if self.algorithm != "ppo" and self.samples < 2:
-            raise ValueError(f"{self.algorithm} compares responses to one problem: samples must be 2 or more")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature must be greater than 0, found {self.temperature}")
-        if self.kl_coefficient and not self.reference:
-            raise ValueError("kl_coefficient needs the reference; set kl_coefficient: 0 to do without")
-        if bool(self.process_reward) != (self.process_form != "none"):
-            raise ValueError("process_reward (what scores steps) and process_form (what is made of it) go together")
-        if self.backend == "vllm" and self.lora_r:
-            raise ValueError("backend vllm takes whole weights: train without lora_r, or sample with transformers")
-        super().__post_init__()
-        share = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if share % self.samples:
-            raise ValueError(
-                f"per_device_train_batch_size x gradient_accumulation_steps = {share} must hold whole groups of "
-                f"samples = {self.samples}"
-            )
-        if self.prompts * self.samples % (share * self.world_size):
-            raise ValueError(
-                f"prompts x samples = {self.prompts * self.samples} must be a multiple of the responses in an optimiser "
-                f"step, {share} x {self.world_size} processes"
-            )
-        self.num_train_epochs = float(self.rollouts)
-        self.logging_steps, self.save_steps = self.log_every * self.steps, self.save_every * self.steps
-        if self.eval_every:
-            from transformers.trainer_utils import IntervalStrategy
-
-            self.eval_strategy, self.eval_steps = IntervalStrategy.STEPS, self.eval_every * self.steps
-
-    @property
-    def share(self) -> int:
-        """Responses of one process in one optimiser step."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
-
-    @property
-    def minibatches(self) -> int:
-        """Optimiser steps of one pass over a rollout."""
-        return self.prompts * self.samples // (self.share * self.world_size)
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of one rollout."""
-        return self.update_epochs * self.minibatches
-
-    @property
-    def reduction_(self) -> str:
-        return self.reduction or {"ppo": "sequence", "rloo": "sum", "grpo": "sequence"}[self.algorithm]
-
-    @property
-    def kl_in_(self) -> str:
-        return self.kl_in or ("loss" if self.algorithm == "grpo" else "reward")
-
-    @property
-    def kl_estimator_(self) -> str:
-        return self.kl_estimator or ("k1" if self.kl_in_ == "reward" else "k3")
-
-
-def _default(cls: type, name: str) -> Any:
-    import dataclasses
-
-    field = next(f for f in fields(cls) if f.name == name)
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
 
 
 # --- pure parts --------------------------------------------------------------------------------------------------------
@@ -353,6 +180,7 @@ class PolicyTrainer(StepladderTrainer):
     """Rollout -> rewards -> advantages -> losses."""
 
     args: RLArguments
+    model: Any  # an ActorCritic
 
     def __init__(
         self, *, task: Task, problems: Sequence[Problem], held_out: Sequence[Problem], tokenizer: Any,
@@ -361,6 +189,7 @@ class PolicyTrainer(StepladderTrainer):
         self.task, self.problems, self.held_out, self.scorer = task, problems, held_out, scorer
         self.tokenizer, self.step_format, self.transforms = tokenizer, step_format, transforms
         self.engine: TrainingEngine | None = None
+        self._shown = False
         self._judged: tuple[int, dict[str, float]] | None = None
         super().__init__(train_dataset=Examples([]), eval_dataset=held_out or None, **kwargs)
 
@@ -569,9 +398,8 @@ class PolicyTrainer(StepladderTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # Running numbers are shown as they stand, not as the mean since the last line.
         for name in ("generated_tokens", "samples"):
-            self._extra[name] = self._extra.get(name, [])[-1:] or []
-            if not self._extra[name]:
-                del self._extra[name]
+            if name in self._extra:
+                self._extra[name] = self._extra[name][-1:]
         super().log(logs, start_time)
 
     def _flawed(self, rollout: earned.Rollout) -> bool | None:
@@ -591,15 +419,19 @@ class PolicyTrainer(StepladderTrainer):
             for one, reward in list(zip(rollouts, rewards, strict=True))[: self.args.shown_samples]
         ]  # fmt: skip
         path = Path(self.args.output_dir) / SAMPLES
-        kept = path.read_text().splitlines() if path.exists() else []
-        # A kill may leave lines of rollouts that are made again, the last of them torn.
-        kept = [line for line in kept if line.endswith("}") and json.loads(line)["rollout"] < number]
-        write_atomic(path, "".join(line + "\n" for line in [*kept, *map(json.dumps, shown)]))
+        if not self._shown:
+            # A kill may leave lines of rollouts that are made again, the last of them torn.
+            lines = path.read_text().splitlines() if path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["rollout"] < number]
+            write_atomic(path, "".join(line + "\n" for line in kept))
+            self._shown = True
+        with path.open("a") as file:
+            file.write("".join(json.dumps(one) + "\n" for one in shown))
         if self.args.report_to and "wandb" in self.args.report_to:
             import wandb
 
             if wandb.run is not None:
-                columns = list(shown[0])
+                columns: list[Any] = list(shown[0])
                 table = wandb.Table(columns=columns, data=[[str(one[c]) for c in columns] for one in shown])
                 wandb.log({"samples": table}, commit=False)
 
@@ -726,11 +558,13 @@ def train(args: RLArguments, transforms: Sequence[earned.RewardTransform] = ()) 
             f"{args.model}: its step format ends a step with {step_format.separator!r}, "
             f"task {task.name} with {task.step_separator!r}"
         )
-    problems = _problems(task, args.split, args.limit, args, tokenizer, step_format)
-    held_out = (
-        _problems(task, args.eval_split, args.eval_problems, args, tokenizer, step_format) if args.eval_problems else []
-    )
     policy = start_model(AutoModelForCausalLM, args)
+    context = int(getattr(policy.config, "max_position_embeddings", 0) or 2**31)
+    room = min(args.max_length, context) - args.max_new_tokens
+    problems = _problems(task, args.split, args.limit, room, tokenizer, step_format)
+    held_out: Sequence[Problem] = []
+    if args.eval_problems:
+        held_out = _problems(task, args.eval_split, args.eval_problems, room, tokenizer, step_format)
     critic = None
     if args.algorithm == "ppo":
         about = SimpleNamespace(**{**vars(args), "model": args.critic or args.model})
@@ -763,21 +597,22 @@ def train(args: RLArguments, transforms: Sequence[earned.RewardTransform] = ()) 
 
 
 def _problems(
-    task: Task, split: str, limit: int, args: RLArguments, tokenizer: Any, step_format: StepFormat
+    task: Task, split: str, limit: int, room: int, tokenizer: Any, step_format: StepFormat
 ) -> Sequence[Problem]:
+    """The first `limit` problems of a split whose prompts have at most `room` tokens."""
     try:
         problems = task.problems(split)
     except ValueError as error:
         raise UserError(f"task {task.name}: {error}") from None
     problems = problems[:limit] if limit else problems
-    room = args.max_length - args.max_new_tokens
     kept = [one for one in problems if len(step_format.encode_prompt(tokenizer, one.prompt)) <= room]
     if len(kept) < len(problems):
         longer = len(problems) - len(kept)
         report_counts(f"task {task.name}, {split}", {"problems": len(kept), "left out: prompt too long": longer})
     if not kept:
         raise UserError(
-            f"task {task.name}: no problem of split {split!r} is left: prompts may have max_length - max_new_tokens = {room} tokens"
+            f"task {task.name}: no problem of split {split!r} is left: prompts may have max_length (or the model's context) "
+            f"- max_new_tokens = {room} tokens"
         )
     return kept
 

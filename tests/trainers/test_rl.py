@@ -555,8 +555,9 @@ def test_another_engine_is_given_the_weights_before_it_samples(settings: Any, mo
         ({"split": "trian"}, "split must be one of"),
         (
             {"max_length": 10},
-            "no problem of split 'train' is left: prompts may have max_length - max_new_tokens = 2 tokens",
+            "no problem of split 'train' is left: prompts may have .* = 2 tokens",
         ),
+        ({"max_length": 5000, "max_new_tokens": 510}, "prompts may have .* = 2 tokens"),
         ({"process_reward": "nowhere/here/x", "process_form": "sum"}, "nowhere/here/x"),
         ({"separator": "\n", "model": "./none"}, "./none: no such model folder"),
     ],
