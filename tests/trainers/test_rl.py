@@ -25,6 +25,7 @@ from stepladder.models.step_format import StepFormat
 from stepladder.tasks.base import Outcome, Problem, Verdict
 from stepladder.tasks.load import load_task
 from stepladder.trainers import rl, rl_math
+from stepladder.trainers.actor_critic import ActorCritic
 from stepladder.trainers.rewards import Reward, Rollout
 
 TASK = {"kind": "chain", "p": 7, "min_steps": 1, "max_steps": 3, "sizes": {"train": 40, "dev": 6, "test": 6}}
@@ -84,6 +85,23 @@ def test_actions_lie_one_to_the_left_of_their_tokens() -> None:
     short = rl.cut(batch, [1])
     assert short["input_ids"].tolist() == [[3, 9, 2]]
     assert short["mask"].tolist() == [[True, True]]
+
+
+def test_a_value_is_of_the_state_before_its_action(tiny_policy: Any, tiny_scorer: Any, lab_words: Any) -> None:
+    model = ActorCritic(tiny_policy(lab_words), tiny_scorer(lab_words), tiny_policy(lab_words, seed=1))
+    ids = torch.tensor([[5, 9, 7, 8, 2]])
+    other = ids.clone()
+    other[0, 3] = 10  # the token of action 2
+    with torch.no_grad():
+        a, b = (model(x, torch.ones_like(x), reference=True) for x in (ids, other))
+        raw = model.critic(input_ids=ids).logits.squeeze(-1)
+    assert all(value.shape == (1, 4) for value in a.values())
+    torch.testing.assert_close(a["values"], raw[:, :-1])
+    for name, first_to_differ in (("values", 3), ("entropy", 3), ("logp", 2), ("ref_logp", 2)):
+        same = (a[name] - b[name]).abs()[0] < 1e-6
+        assert same.tolist()[:first_to_differ] == [True] * first_to_differ, name
+        assert not same[first_to_differ], name
+    assert (a["logp"] - a["ref_logp"]).abs().max() > 1e-3
 
 
 def test_problems_come_in_shuffled_passes_without_end() -> None:
