@@ -28,10 +28,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            if (
-                key_node.tag == "tag:yaml.org,2002:merge"
-            ):  # `<<: *name` takes the keys of another mapping; own ones go before
-                continue
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # `<<: *other` is meant to be overridden by the keys beside it
             key = self.construct_object(key_node, deep=deep)
             if isinstance(key, (str, int)) and key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)

@@ -29,6 +29,15 @@ class EvaluatePolicies:
 
 
 @dataclass
+class EvaluateBehaviour:
+    """Measures how policies write: length, steps, repetitions, right answers with wrong steps (results.json)."""
+
+    policies: dict[str, str] = option({}, "name -> Solution rows of the same problems")
+    task: dict[str, Any] = option({"kind": "chain"}, "the task, for exact step checks where it has them")
+    seed: int = option(0, "seed of the bootstrap")
+
+
+@dataclass
 class EvaluatePRM:
     """Judges step scores and step labels against the exact checker of a lab task (results.json)."""
 

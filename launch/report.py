@@ -20,7 +20,18 @@ from ..basics import write_atomic
 from . import charts
 from .tables import CURVES, DIFFERENCE, Answers, Curves, Record, other_name, other_pairs, short, show
 
-SHOWN_METRICS = ("loss", "accuracy", "token_accuracy")  # of metrics.jsonl; each beside its eval_ twin
+# Of metrics.jsonl; each beside its eval_ twin.
+SHOWN_METRICS = (
+    "loss",
+    "accuracy",
+    "token_accuracy",
+    "reward",
+    "kl",
+    "entropy",
+    "clip_fraction",
+    "explained_variance",
+    "length",
+)
 
 
 def write_run_report(

@@ -71,6 +71,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "train.sft": ("..trainers.sft:SFTArguments", _trainer("sft")),
     "train.orm": ("..trainers.orm:ORMArguments", _trainer("orm")),
     "train.prm": ("..trainers.prm:PRMArguments", _trainer("prm")),
+    "train.rl": ("..trainers.rl:RLArguments", _trainer("rl")),
     "train.dpo": ("..trainers.dpo:DPOArguments", _trainer("dpo")),
     "train.ranking": ("..trainers.ranking:RankingArguments", _trainer("ranking")),
     "train.value": ("..trainers.value:ValueArguments", _trainer("value")),
@@ -79,6 +80,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "search.beam": (search.Beam, _stage(".making_search", "make_beam")),
     "eval.policies": (evaluation.EvaluatePolicies, _stage(".evaluate_policies", "evaluate_policies")),
     "eval.best_of_n": (evaluation.EvaluateBestOfN, _stage(".evaluate_best_of_n", "evaluate_best_of_n")),
+    "eval.behaviour": (evaluation.EvaluateBehaviour, _stage(".behaviour", "evaluate_behaviour")),
     "eval.prm": (evaluation.EvaluatePRM, _stage(".evaluate_steps", "evaluate_prm")),
     "eval.processbench": (
         evaluation.EvaluateProcessBench,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..basics import UserError
@@ -81,6 +81,15 @@ class VLLMEngine:
                 self.parameters, generated=len(results[row][column].ids), prefilled=length - cached, calls=1
             )
         return results
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
+        """Overwrites the model's weights with (name, tensor) pairs in the names of the checkpoint, and forgets what was cached.
+
+        vLLM must run its model in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). Tried against a stand-in only.
+        """
+        worker = self.llm.llm_engine.model_executor.driver_worker
+        worker.model_runner.model.load_weights(weights)
+        self.llm.reset_prefix_cache()
 
     def _params(self, request: Request, seed: int, sampling: Sampling) -> Any:
         import vllm

@@ -41,6 +41,9 @@ class ChainArith:
     Demonstrations for a policy of middling skill are noisy by fact: a fixed random `noisy_share` of the facts (value,
     operation, operand) carries one fixed wrong result in `noisy_rate` of its uses, and every other fact is wrong (uniformly)
     in `slip_rate` of them.
+
+    With `choices` an answer is graded by its remainder among so many choices, as a multiple-choice grader sees no more than a
+    letter: a wrong value may count as right. Steps are checked as ever.
     """
 
     p: int = 11
@@ -51,12 +54,15 @@ class ChainArith:
     noisy_share: float = 0.15
     noisy_rate: float = 0.6
     slip_rate: float = 0.03
+    choices: int = 0
     name: str = "chain"
     step_separator: str = "\n"
 
     def __post_init__(self) -> None:
         if not 3 <= self.p <= 9973:
             raise ValueError(f"p must lie between 3 and 9973, found {self.p}")
+        if self.choices and not 2 <= self.choices <= self.p:
+            raise ValueError(f"choices must be 0 or lie between 2 and p, found {self.choices}")
         if not 1 <= self.min_steps <= self.max_steps:
             raise ValueError(f"1 <= min_steps <= max_steps must hold, found {self.min_steps} and {self.max_steps}")
 
@@ -167,9 +173,17 @@ class ChainArith:
         if not found:
             return Verdict(None, Outcome.UNPARSEABLE, "no line 'Answer: <number>'")
         answer = str(int(found[-1]))
-        if answer == problem.answer:
+        graded = lambda text: int(text) % self.choices if self.choices else text
+        if graded(answer) == graded(problem.answer):
             return Verdict(answer, Outcome.RIGHT)
         return Verdict(answer, Outcome.WRONG, f"the answer is {problem.answer}, found {answer}")
+
+    def holds(self, step: str) -> bool:
+        """Whether a line's equation holds mod p, whatever the problem asked; an answer line holds."""
+        line = _STEP.fullmatch(step.strip())
+        if not line:
+            return bool(_ANSWER.fullmatch(step.strip()))
+        return int(line[4]) == apply(int(line[1]), line[2], int(line[3]), self.p)
 
     def check_steps(self, problem: Problem, steps: Sequence[str]) -> list[StepCheck]:
         """Exact checks of each step.

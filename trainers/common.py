@@ -462,7 +462,7 @@ def save_final(trainer: StepladderTrainer, tokenizer: Any, step_format: StepForm
         trainer.save_model(str(folder / "adapter"))
         trainer.accelerator.wait_for_everyone()
         if trainer.is_world_process_zero():
-            _merge_adapter(trainer.args, _plain_class(model.get_base_model()), folder, model.get_base_model().config)
+            merge_adapter(trainer.args, plain_class(model.get_base_model()), folder, model.get_base_model().config)
     else:
         trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
@@ -473,14 +473,14 @@ def save_final(trainer: StepladderTrainer, tokenizer: Any, step_format: StepForm
     trainer.accelerator.wait_for_everyone()
 
 
-def _plain_class(model: Any) -> Any:
+def plain_class(model: Any) -> Any:
     """The model's class as transformers wrote it: fully_shard puts a class of its own before it."""
     from torch.distributed.fsdp import FSDPModule
 
     return next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
 
 
-def _merge_adapter(args: StepladderArguments, model_class: Any, folder: Path, config: Any) -> None:
+def merge_adapter(args: StepladderArguments, model_class: Any, folder: Path, config: Any) -> None:
     # From disk and not from the trained object: under ZeRO-3 and FSDP no process holds whole weights.
     from peft import PeftModel
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config

@@ -30,7 +30,7 @@ from stepladder.config import build
 from stepladder.data_gen.rows import Dialogue, Message, Pair, Source, StepLabels, to_record
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers import dpo, prm, sft
+from stepladder.trainers import dpo, prm, rl, sft
 from stepladder.trainers.common import (
     LikeLengths,
     StepladderTrainer,
@@ -343,6 +343,72 @@ def test_lora_under_zero3_is_merged_and_resumes(ground: Path, tmp_path: Path) ->
     assert status == 0, output[-4000:]
     assert output.count("{'loss': ") == PRM["max_steps"] - 3  # the first three were not trained again
     _assert_same_training(out, reference)
+
+
+# --- online training ---------------------------------------------------------------------------------------------------------
+
+RL = {
+    "task": {"kind": "chain", "p": 7, "min_steps": 1, "max_steps": 3, "sizes": {"train": 40, "dev": 7, "test": 7}},
+    "max_new_tokens": 10, "prompts": 8, "samples": 2, "rollouts": 3, "update_epochs": 2, "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2, "learning_rate": 1e-3, "eval_problems": 7, "save_strategy": "no", "disable_tqdm": True,
+    "process_reward": "checker", "process_form": "difference", "false_positives": 0.5, "whiten": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "over"),
+    [
+        (
+            "cpu_ddp",
+            "DistributedDataParallel, 2 processes",
+            {"algorithm": "ppo", "save_strategy": "steps", "save_every": 2},
+        ),
+        (
+            "cpu_zero3",
+            "DeepSpeedEngine, ZeRO stage 3, 2 processes",
+            {"algorithm": "ppo", "rollouts": 2, "update_epochs": 1},
+        ),
+    ],
+)
+def test_two_processes_sample_and_train_what_one_does(
+    name: str, engine: str, over: dict[str, Any], ground: Path, tmp_path: Path
+) -> None:
+    """The same problems, samples, rewards, global whitening, losses and weights of policy and critic; split weights are sampled
+    from as they are after every update."""
+    if "zero" in name:
+        pytest.importorskip("deepspeed")
+    path = tmp_path / "rl.yaml"
+    values = {"model": str(ground / "policy"), **RL, **over}
+    path.write_text(yaml.safe_dump(values))
+    alone = tmp_path / "alone"
+    rl.train(build(rl.RLArguments, {**values, **ALONE, "output_dir": str(alone)}))
+    out = tmp_path / "out"
+    status, output = _launch(name, "rl", path, out)
+    assert status == 0, output[-4000:]
+    assert _engines(output) == [f"engine: {engine}"]
+    for metric in (
+        "loss",
+        "reward",
+        "length",
+        "kl",
+        "entropy",
+        "explained_variance",
+        "process_reward",
+        "generated_tokens",
+    ):
+        assert _logged(out, metric) == pytest.approx(_logged(alone, metric), abs=2e-4), metric
+    assert len(_logged(out, "loss")) == values["rollouts"]
+    assert _logged(out, "eval_length") == _logged(alone, "eval_length")
+    assert max(_logged(out, "engine_gap").values()) < 1e-4  # what is sampled from is what is trained
+    for file in ("model.safetensors", "critic/model.safetensors"):
+        ours, theirs = load_file(out / file), load_file(alone / file)
+        assert ours.keys() == theirs.keys()
+        for weight in ours:
+            torch.testing.assert_close(
+                ours[weight], theirs[weight], atol=1e-3, rtol=0, msg=lambda m, w=weight: f"{w}: {m}"
+            )
+    AutoModelForCausalLM.from_pretrained(out)
+    AutoModelForTokenClassification.from_pretrained(out / "critic")
 
 
 # Slurm's commands as train.sh uses them, for one machine that plays two.

@@ -24,12 +24,14 @@ CHAT = (
 )
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_recipe_begins_with_its_command_and_every_key_is_known(path: Path, tmp_path: Path) -> None:
     first_line = path.read_text().splitlines()[0]
-    assert first_line.startswith("# stepladder "), first_line
-    claim = path.parent.name == "claims"
-    assert (f"claims run {path.stem}" if claim else f"recipes/{path.name}") in first_line
+    if path.parent.name == "claims":
+        assert first_line == f"# stepladder claims run {path.stem}"
+    else:
+        assert first_line.startswith("# stepladder "), first_line
+        assert f"recipes/{path.relative_to(FOLDER).as_posix()}" in first_line
     assert plan(load_recipe(path, {}), tmp_path, str(path))
 
 

@@ -135,3 +135,14 @@ def test_mistakes(fake_vllm: Any, lab_words: Any, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(UserError, match=r"needs vLLM.*pip install 'stepladder\[vllm\]'"):
         engine(lab_words)
+
+
+def test_new_weights_go_to_the_model_and_empty_the_cache(fake_vllm: Any, lab_words: Any) -> None:
+    engine = VLLMEngine("some", tokenizer=lab_words, parameters=1)
+    told: list[Any] = []
+    model = SimpleNamespace(load_weights=lambda weights: told.append(dict(weights)))
+    worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+    engine.llm.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+    engine.llm.reset_prefix_cache = lambda: told.append("reset")
+    engine.update_weights(iter([("a", 1), ("b", 2)]))
+    assert told == [{"a": 1, "b": 2}, "reset"]

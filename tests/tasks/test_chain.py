@@ -306,3 +306,22 @@ def test_a_slip_is_never_the_right_result():
     for problem in task.problems("train"):
         checks = task.check_steps(problem, task.demonstration(problem, 0))
         assert [check.local_ok for check in checks] == [False] * problem.meta["steps"] + [True]
+
+
+def test_a_multiple_choice_grader_sees_the_remainder_alone():
+    task = ChainArith(p=11, choices=3)  # 9 and 6 are the same letter, and steps are checked as ever
+    assert [task.verify(PROBLEM, f"Answer: {n}").outcome for n in (9, 6, 0, 7)] == [Outcome.RIGHT] * 3 + [Outcome.WRONG]
+    assert TASK.verify(PROBLEM, "Answer: 6").outcome is Outcome.WRONG
+    assert not task.check_steps(PROBLEM, ["3 + 5 = 5"])[0].local_ok
+    with pytest.raises(ValueError, match="choices must be 0 or lie between 2 and p, found 12"):
+        ChainArith(p=11, choices=12)
+
+
+def test_a_line_holds_whatever_was_asked():
+    assert [TASK.holds(s) for s in ("3 + 5 = 8", " 9 * 9 = 4 ", "3 + 5 = 9", "Answer: 1", "so")] == [
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
