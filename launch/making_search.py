@@ -30,6 +30,7 @@ ABOUT_FILE = "search.json"  # the strategy, its settings, and the sizes of the m
 
 def make_beam(config: options_search.Beam, out: Path) -> bool:
     """Finished solutions of PRM beam search, ranked as found."""
+    required(config, "reward")
     return make_search(config.as_search(), out)
 
 
