@@ -192,20 +192,23 @@ def evaluate_processbench(config: options_eval.EvaluateProcessBench, out: Path) 
         for subset, own in records.items()
     }
     found = judged(config, subsets, records, out)
-    threshold = threshold_of(config, subsets, found)
+    thresholds = {"processbench": threshold_of(config, subsets, found)}
+    if config.tuned_too:
+        thresholds["processbench_tuned"] = threshold_of(dataclasses.replace(config, threshold=None), subsets, found)
     lines: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
-    f1s = []
-    for subset, cases in subsets.items():
-        arm = f"processbench/{subset}"
-        predicted = found[subset].first_errors(threshold)
-        own = _f1_records(arm, cases, found[subset], predicted, config.seed)
-        f1s.append(own[0]["value"])
-        lines += own
-        values += _values(arm, cases, predicted)
-    lines.append(record("processbench/mean", "f1", sum(f1s) / len(f1s), len(f1s), config.seed))
-    if all(one.votes is None for one in found.values()):
-        lines.append(record("processbench", "threshold", threshold, 0, config.seed))
+    for name, threshold in thresholds.items():
+        f1s = []
+        for subset, cases in subsets.items():
+            arm = f"{name}/{subset}"
+            predicted = found[subset].first_errors(threshold)
+            own = _f1_records(arm, cases, found[subset], predicted, config.seed)
+            f1s.append(own[0]["value"])
+            lines += own
+            values += _values(arm, cases, predicted)
+        lines.append(record(f"{name}/mean", "f1", sum(f1s) / len(f1s), len(f1s), config.seed))
+        if all(one.votes is None for one in found.values()):
+            lines.append(record(name, "threshold", threshold, 0, config.seed))
     write_results(out, lines, values=values)
     for line in lines:
         print(f"{line['arm']:28s} {line['metric']:18s} {line['value']}")

@@ -16,7 +16,7 @@ from stepladder.launch.cli import main
 # and checkpoints frequent so that training has something to continue from.
 _SAMPLED = "samples=4", "limit=20", "unit_problems=8"
 TINY = [
-    "defaults.task={kind: chain, p: 7, min_steps: 4, max_steps: 8, sizes: {train: 60, dev: 10, test: 20}}",
+    "defaults.task={kind: chain, p: 7, min_steps: 3, max_steps: 6, sizes: {train: 60, dev: 10, test: 20}}",
     "solutions.limit=40",
     "solutions.samples=4",
     "solutions.unit_problems=16",

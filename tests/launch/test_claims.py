@@ -113,7 +113,7 @@ seeds: [0, 1]
 compare:
   - {what: "pass@4 over one sample", better: answers/base/pass@4, than: answers/base/sample}
   - {what: "one sample over pass@4", better: answers/base/sample, than: answers/base/pass@4, control: true}
-defaults: {task: {kind: chain, p: 7, min_steps: 4, max_steps: 8, sizes: {train: 20, dev: 5, test: 20}}, max_new_tokens: 64}
+defaults: {task: {kind: chain, p: 7, min_steps: 3, max_steps: 6, sizes: {train: 20, dev: 5, test: 20}}, max_new_tokens: 64}
 stages:
   policy: {do: model.copy, source: lab}
   samples: {do: data.solutions, policy: "@policy", split: test, samples: 4}

@@ -17,7 +17,7 @@ from stepladder.launch.rounds import expand
 RECIPE: dict[str, Any] = yaml.safe_load("""
 name: rounds
 seed: 5
-defaults: {task: {kind: chain, p: 7, min_steps: 4, max_steps: 8, sizes: {train: 24, dev: 5, test: 10}}, max_new_tokens: 64}
+defaults: {task: {kind: chain, p: 7, min_steps: 3, max_steps: 6, sizes: {train: 24, dev: 5, test: 10}}, max_new_tokens: 64}
 stages:
   policy: {do: model.copy, source: lab}
   rounds:
