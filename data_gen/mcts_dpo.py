@@ -54,11 +54,6 @@ class Options:
 
 
 @dataclass(frozen=True)
-class AskSteps(Ask):
-    """Wanted: next steps of a prefix. A rollout that stops behind a step has no verdict (its outcome is "unfinished")."""
-
-
-@dataclass(frozen=True)
 class AskOpinion(Ask):
     """Wanted: the policy's opinion of the steps of a prefix, as rollouts whose outcome is "right" where it says yes."""
 
@@ -66,7 +61,7 @@ class AskOpinion(Ask):
 
 
 class StepRoller(Roller):
-    """Also answers AskSteps and AskOpinion. All asks of one kind, of all trees, go to the engine in one call."""
+    """Also answers AskOpinion. All asks of one kind, of all trees, go to the engine in one call."""
 
     def __init__(
         self,
@@ -82,28 +77,13 @@ class StepRoller(Roller):
     ) -> None:
         super().__init__(engine, task, step_format, sampling, seed)
         self.question, self.yes, self.hint = question, tuple(word.lower() for word in yes), hint
-        self._stepper = Roller(
-            engine, task, step_format, dataclasses.replace(sampling, stop=(task.step_separator,)), seed
-        )
-        self._stepper.counts = self.counts
 
     def roll(self, asks: Sequence[tuple[Problem, Ask]]) -> list[list[Rollout]]:
         """The rollouts of each ask, in the order asked."""
-        kinds = {"steps": AskSteps, "opinions": AskOpinion}
-        kind_of = [next((name for name, kind in kinds.items() if isinstance(ask, kind)), "whole") for _, ask in asks]
-        answer = {"whole": super().roll, "steps": self._steps, "opinions": self._opinions}
-        found: list[list[Rollout]] = [[] for _ in asks]
-        for kind, roll in answer.items():
-            places = [i for i, own in enumerate(kind_of) if own == kind]
-            for place, rollouts in zip(places, roll([asks[i] for i in places]), strict=True):
-                found[place] = rollouts
-        return found
-
-    def _steps(self, asks: Sequence[tuple[Problem, Ask]]) -> list[list[Rollout]]:
-        found = self._stepper.roll(asks)
-        # A sample that a separator stopped has no verdict yet.
-        goes_on = lambda r: self.task.step_separator in self.engine.tokenizer.decode(r.ids[r.start :])
-        return [[dataclasses.replace(r, outcome=UNFINISHED) if goes_on(r) else r for r in one] for one in found]
+        is_opinion = [isinstance(ask, AskOpinion) for _, ask in asks]
+        opinions = iter(self._opinions([pair for pair, own in zip(asks, is_opinion, strict=True) if own]))
+        others = iter(super().roll([pair for pair, own in zip(asks, is_opinion, strict=True) if not own]))
+        return [next(opinions if own else others) for own in is_opinion]
 
     def _opinions(self, asks: Sequence[tuple[Problem, Any]]) -> list[list[Rollout]]:
         if not asks:
@@ -232,7 +212,7 @@ def search_question(
                     if by_rollouts:
                         sampled = here.rollouts
                     else:
-                        [sampled] = yield [AskSteps(here.ids, range(options.candidates))]
+                        [sampled] = yield [Ask(here.ids, range(options.candidates), one_step=True)]
                     here.children = _children(here, sampled, cut, options, gold, found.counts)
                     yield from _judge(here.children, options)
                     for child in here.children:
@@ -300,7 +280,7 @@ def _judge(nodes: Sequence[Step], options: Options) -> Generator[list[Any], list
     answers = (
         []
         if not asked
-        else (yield [Ask(n.ids, numbers) if by_rollouts else AskOpinion(n.ids, numbers, n.steps) for n in asked])
+        else (yield [Ask(n.ids, numbers) if by_rollouts else AskOpinion(n.ids, numbers, steps=n.steps) for n in asked])
     )
     for node, rollouts in zip(asked, answers, strict=True):
         node.rollouts = rollouts if by_rollouts else []

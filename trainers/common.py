@@ -449,7 +449,7 @@ def _track_config(trainer: StepladderTrainer, step_format: StepFormat) -> None:
                 import wandb
 
                 if wandb.run is not None:
-                    wandb.run.config.update({"step_format": dataclasses.asdict(step_format)}, allow_val_change=True)
+                    wandb.run.config.update({"step_format": step_format.to_json()}, allow_val_change=True)
 
     trainer.add_callback(Config())
 

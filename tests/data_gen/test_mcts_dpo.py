@@ -13,7 +13,6 @@ from stepladder.data_gen.growing import Rollout
 from stepladder.data_gen.mcts_dpo import (
     SELF_EVALUATION,
     AskOpinion,
-    AskSteps,
     Options,
     Step,
     back_up,
@@ -167,7 +166,7 @@ def answered(asks: list[Any], yes: Callable[[tuple[str, ...]], int]) -> list[lis
         if isinstance(ask, AskOpinion):
             found.append([Rollout(ask.prefix, 0, "right" if n < yes(ask.steps) else "wrong") for n in ask.numbers])
         else:
-            assert type(ask) is AskSteps
+            assert ask.one_step
             last = len(ask.prefix) == DEPTH - 1
             outcome = lambda ids: ("right" if ids == (1, 0, 1) else "wrong") if last else "unfinished"  # noqa: B023
             found.append(

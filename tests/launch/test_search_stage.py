@@ -150,8 +150,10 @@ def test_the_reference_answer_is_out_of_reach(tmp_path, prm, monkeypatch):
 
 
 def test_progress_guides_and_value_chooses(tmp_path, prm):
-    plain = searched(tmp_path / "plain", prm, "beam")
-    guided = searched(tmp_path / "guided", prm, "beam", "--alpha", "2.0", "--prover_k", "3")
+    # Siblings are ranked alike by Q and by Q + alpha A: several parents must compete.
+    settings = {"beams": 8, "width": 2, "max_depth": 12}
+    plain = searched(tmp_path / "plain", prm, "beam", settings=settings)
+    guided = searched(tmp_path / "guided", prm, "beam", "--alpha", "20", "--prover_k", "3", settings=settings)
     steps = [[row.steps for row in read_rows(out, Solution)] for out in (plain, guided)]
     assert steps[0] != steps[1]
     reward = RewardModel.load(prm)

@@ -127,7 +127,7 @@ def test_values_of_the_shipped_policy_agree_with_samples():
 
     from stepladder.models.loading import load_engine, load_model, load_policy_format, load_tokenizer
 
-    task = ChainArith(p=7, sizes={"test": 60})
+    task = ChainArith(p=7, min_steps=3, max_steps=4, sizes={"test": 60})
     tokenizer = load_tokenizer(LAB)
     layout = load_policy_format(LAB, tokenizer, "\n")
     model = load_model(AutoModelForCausalLM, LAB).train(False)

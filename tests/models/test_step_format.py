@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepladder.basics import UserError
-from stepladder.models.step_format import ADVISED_AGGREGATION, StepFormat
+from stepladder.models.step_format import ADVISED_AGGREGATION, LabelKind, StepFormat
 
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
@@ -226,7 +227,7 @@ def test_reward_formats_keep_the_layout_and_advise_an_aggregation(lines):
     assert (human.positive_class, human.aggregation) == (None, "min")
     assert soft.layout() == human.layout() == lines.layout()
     assert dataclasses.replace(lines, separator_ids=(9,)).layout() != lines.layout()
-    assert set(ADVISED_AGGREGATION) == {"none", "outcome", "hard", "soft", "threshold", "human", "checker"}
+    assert set(ADVISED_AGGREGATION) == set(get_args(LabelKind))
 
 
 def test_a_separator_without_tokens_is_refused(lab_words):

@@ -212,7 +212,7 @@ SEARCHES = {
     "rebase": (rebase, {"n": 6}),
     "step_beam": (step_beam, {"beams": 2, "width": 3}),
     "tot_bfs": (tot_bfs, {"beams": 2, "width": 3}),
-    "mcts": (mcts, {"simulations": 12, "width": 3}),
+    "mcts": (mcts, {"simulations": 24, "width": 3}),
     "mcts, scored": (mcts, {"simulations": 12, "width": 3, "unvisited": "score"}),
 }
 

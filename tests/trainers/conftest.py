@@ -78,13 +78,10 @@ def pair_row(
 ) -> Pair:
     """A pair of finished solutions, or of steps behind a prefix."""
     known: dict[str, Any] = {
-        "prompt": f"Start {number % 13} ; + 5", "n_chosen": 1, "n_rejected": 1,
-        "chosen_finished": not prefix, "rejected_finished": not prefix, "source": SOURCE, **fields,
+        "prompt": f"Start {number % 13} ; + 5", "reward_chosen": rewards[0], "reward_rejected": rewards[1],
+        "n_chosen": 1, "n_rejected": 1, "chosen_finished": not prefix, "rejected_finished": not prefix, "source": SOURCE, **fields,
     }  # fmt: skip
-    return Pair(
-        problem_id=f"p{number}", prefix=tuple(prefix), chosen=tuple(chosen), rejected=tuple(rejected),
-        reward_chosen=rewards[0], reward_rejected=rewards[1], **known,
-    )  # fmt: skip
+    return Pair(problem_id=f"p{number}", prefix=tuple(prefix), chosen=tuple(chosen), rejected=tuple(rejected), **known)
 
 
 def path_row(number: int, steps: Sequence[str], values: Sequence[float | None], outcome: str, **fields: Any) -> Tree:
