@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+LARGEST_EXACT = 1000  # samples of a pool for `majority_of_k`: beyond, numbers of draws do not fit into a float
+
 
 def vote_credit(answers: Sequence[str | None], right: Sequence[bool], weights: Sequence[float] | None = None) -> float:
     """Expected correctness, in [0, 1], of the answer with the greatest total weight (majority if `weights` is None).
