@@ -373,7 +373,7 @@ def solutions_section(solutions: Sequence[Mapping[str, Any]]) -> str:
     if not solutions:
         return ""
     # JSON has no NaN, and only "<" could end the script element early; ASCII keeps half surrogate pairs whole.
-    data = json.dumps(_finite(solutions), separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(finite(solutions), separators=(",", ":")).replace("<", "\\u003c")
     exact = any(right is not None for s in solutions for right in s["step_right"])
     marks = (
         "✓ and ✗ are the exact checker's verdict on the step. "
@@ -399,12 +399,12 @@ def solutions_section(solutions: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with null for every number that JSON cannot write."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
