@@ -63,6 +63,10 @@ class Solved:
         return self.rows[self.chosen]
 
 
+class TooLong(UserError):
+    """A problem that the policy's context has no room for."""
+
+
 class Stopped(Exception):
     """A search was given up, because nobody waits for it any more."""
 
@@ -115,7 +119,7 @@ class Solver:
             words: Any = SimpleNamespace(tokenizer=self._tokenizer)
             _check_words(Path(self.config.policy).name, words, step_format, [problem.prompt])
         if not 0 < len(ids) < self.context:
-            raise UserError(
+            raise TooLong(
                 f"the problem has {len(ids)} tokens; the policy's context of {self.context} leaves no room for an answer"
             )
         return Asked(problem, State(f"{seed} {problem.prompt}", problem.prompt, ids, len(ids)))

@@ -120,7 +120,7 @@ def _draw(
         visits = f"  (n {node['visits']}, Q {node['value']:.2f})" if node["visits"] else ""
         verdict = f"  -> {plain(final['answer'] or 'no answer')}" if final else ""
         verdict += f" {final['outcome']}" if final and final["outcome"] else ""
-        steps = [plain(step) for step in node["steps"]] or ["(end)"]
+        steps = [plain(step).strip() for step in node["steps"]] or ["(end)"]
         lines.append(f"{joint}{mark} {score}{steps[0]}" + (verdict if len(steps) == 1 else "") + visits)
         # Children hang below all steps of their parent.
         bar = through if any(keep(child) for child in children[index]) else blank

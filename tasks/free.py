@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +12,11 @@ from .base import Outcome, Problem, Verdict, split_on
 from .guard import BrokenOff, OutOfTime
 
 FreeKind = Literal["any", AnswerKind]
+
+_COUNT = re.compile(
+    r"([-$€£]{0,2}[0-9][0-9,.]{0,30})\s{1,3}[A-Za-z ]{1,60}\.?"
+)  # "12 apples": the number is the answer
+_SIGNS = re.compile(r"[\\^_{}=+*/<>|$0-9]")  # without any of these a marked answer is words
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class FreeText:
         kinds: tuple[AnswerKind, ...] = ("math", "number", "text") if self.answer_kind == "any" else (self.answer_kind,)
         for kind in kinds:
             answer = read_answer(text, kind)
+            if answer is not None and self.answer_kind == "any" and kind == "math":
+                if count := _COUNT.fullmatch(answer):
+                    answer, kind = count[1], "number"
+                elif not _SIGNS.search(answer):
+                    kind = "text"
             form = canonical(answer, kind) if answer is not None else None
             if form is not None:
                 return form, kind
