@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,9 @@ import torch
 from stepladder import models
 from stepladder.config import build
 from stepladder.launch import solve as solve_module
-from stepladder.launch.cli import main
+from stepladder.launch.cli import _config, main
 from stepladder.launch.options_search import STRATEGIES, UNGUIDED
-from stepladder.launch.options_solve import Solve
+from stepladder.launch.options_solve import Serve, Solve
 from stepladder.launch.solve import solve
 from stepladder.launch.solving import Solver
 from stepladder.launch.tree_text import cut, plain, tree_lines
@@ -255,3 +258,38 @@ def test_standard_input_and_unguided_strategies(capsys, monkeypatch):
     main(["solve", "-", "--policy", "lab", "--device", "cpu", "--settings.n", "2"])
     assert capsys.readouterr().out.startswith("answer: ")
     assert set(UNGUIDED) == {"best_of_n", "revisions"}
+
+
+# --- the page ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_names_every_option_and_its_commands_are_valid():
+    page = (Path(__file__).parents[2] / "docs" / "solve_and_serve.md").read_text()
+    options = page[page.index("## Options") : page.index("## Functions")]
+    names = {f.name for cls in (Solve, Serve) for f in dataclasses.fields(cls)}
+    assert not {
+        name for name in names if f"`{name}`" not in options and f"`{name}:" not in options and name != "base_url"
+    }
+    rows = re.findall(r"^\| (`[^|]*) \| ([^|]*) \|", options, re.MULTILINE)
+    defaults = {f.name: f.default for cls in (Solve, Serve) for f in dataclasses.fields(cls)}
+    assert len(rows) > 15
+    for names, values in rows[9:]:
+        for name, value in zip(re.findall(r"`(\w+)`", names), values.split(", "), strict=True):
+            if value and name not in ("name", "max_budget"):
+                assert str(defaults[name]).lower().removesuffix(".0") == value, name
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("stepladder s")]
+    assert len(commands) == 5
+    for _, command, *rest in commands:
+        if command == "solve":
+            rest = rest[1:]
+        rest = [argument for argument in rest if argument != "<" and argument != "problem.txt"]
+        assert _config({"solve": Solve, "serve": Serve}[command], rest, command).strategy
+
+
+def test_what_the_page_shows_is_what_is_printed(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "solve_and_serve.md").read_text()
+    command = next(line for line in page.splitlines() if line.startswith("stepladder solve"))
+    main([*shlex.split(command)[1:], "--device", "cpu", "--width", "120"])
+    out = capsys.readouterr().out
+    shown = page.split("and prints\n\n```\n")[1].split("```")[0]
+    assert out.rpartition(";")[0] == shown.rpartition(";")[0]  # all but the seconds
