@@ -20,6 +20,8 @@ COMMANDS = (
     ("quickstart [--out DIR] [--seed N] [--from-scratch]", "the whole loop on the lab, in minutes on a CPU"),
     ("run RECIPE.yaml [--out DIR] [stage.key=value ...]", "the stages of a recipe; what is done is skipped"),
     *((f"{group} STAGE --config FILE [--key value ...]", group) for group in GROUPS),
+    ("solve PROBLEM --policy DIR [--reward DIR] [--key value]", "searches one problem: answer, vote, tree and cost"),
+    ("serve --policy DIR [--reward DIR] [--key value ...]", "an OpenAI-compatible chat endpoint over a search"),
     ("claims run NAME [--out DIR] [--results DIR]", "puts a paper's claim to the test: all its seeds, one result file"),
     ("claims table [--results DIR] [--out FILE]", "the page of all claims from their result files; claims list: names"),
     (
@@ -102,6 +104,10 @@ def _dispatch(arguments: list[str]) -> None:
         _run(rest)
     elif command == "quickstart":
         _quickstart(rest)
+    elif command == "solve":
+        _solve(rest)
+    elif command == "serve":
+        _serve(rest)
     elif command == "claims":
         _claims(rest)
     elif command == "export":
@@ -114,7 +120,9 @@ def _dispatch(arguments: list[str]) -> None:
         from ..config import unknown_key
 
         raise unknown_key(
-            command, [*GROUPS, "run", "quickstart", "claims", "export", "import-reward", "import-gguf"], "command"
+            command,
+            [*GROUPS, "run", "quickstart", "solve", "serve", "claims", "export", "import-reward", "import-gguf"],
+            "command",
         )
 
 
@@ -213,6 +221,52 @@ def _quickstart(rest: list[str]) -> None:
         lab = load_recipe(path.with_name("lab_policy.yaml"), {})
         recipe["stages"] = {**lab["stages"], **{k: v for k, v in recipe["stages"].items() if k != "policy"}}
     run_recipe(recipe, Path(ours.get("--out") or "runs/quickstart"), "recipes/quickstart.yaml")
+
+
+def _solve(rest: list[str]) -> None:
+    from .options_solve import Solve
+
+    usage = 'PROBLEM, or - for standard input, comes first: stepladder solve "Start 3 ; + 5 ; * 2" --policy lab'
+    if not rest or {"-h", "--help"} & set(rest):
+        _describe(Solve, "stepladder solve", "PROBLEM --policy DIR")
+        return
+    text, *options = rest
+    if text.startswith("--"):
+        raise UserError(f"stepladder solve: {usage}")
+    config = _config(Solve, options, "stepladder solve")
+    text = sys.stdin.read() if text == "-" else text
+    from .solve import solve
+
+    print(solve(config, text))
+
+
+def _serve(rest: list[str]) -> None:
+    from .options_solve import Serve
+
+    if {"-h", "--help"} & set(rest):
+        _describe(Serve, "stepladder serve", "--policy DIR")
+        return
+    config = _config(Serve, rest, "stepladder serve")
+    from .serving import serve
+
+    serve(config)
+
+
+def _describe(cls: type, prog: str, arguments: str) -> None:
+    from ..config import describe
+
+    print(describe(cls, prog).replace(f"{prog} --config FILE", f"{prog} {arguments} [--config FILE]", 1))
+
+
+def _config(cls: type, rest: list[str], prog: str) -> Any:
+    """The options of a command: --config FILE and --key value over it."""
+    from ..config import build, merge, parse_overrides, read_yaml
+
+    values = parse_overrides(rest)
+    config_file = values.pop("config", None)
+    if config_file is not None:
+        values = merge(read_yaml(str(config_file)), values)
+    return build(cls, values, prog if config_file is None else str(config_file))
 
 
 def _claims(rest: list[str]) -> None:

@@ -13,8 +13,17 @@ from ..data_gen.rows import Solution
 from ..data_gen.searched import read_searches
 from ..data_gen.store import read_about, read_rows
 from ..models.ledger import Ledger
-from ..search.analysis import compute_optimal, coverage, difficulty_levels, fit_power_law, log_spaced, vote_of_k
-from ..search.choose import best_credit, best_of_k, paired_bootstrap, pass_at_k, vote_credit
+from ..search.analysis import compute_optimal, coverage, difficulty_levels, fit_power_law, log_spaced
+from ..search.choose import (
+    LARGEST_EXACT,
+    best_credit,
+    best_of_k,
+    majority_of_k,
+    paired_bootstrap,
+    pass_at_k,
+    vote_credit,
+    weighted_of_k,
+)
 from ..tasks.load import load_task
 from . import options_search
 from .claims import VALUES
@@ -60,7 +69,10 @@ class Pool:
             return pass_at_k(len(self.right), sum(self.right), k)
         if rule == "best":
             return best_of_k(self.scores, self.right, k)
-        return vote_of_k(self.answers, self.right, k, self.scores if rule == "weighted" else None, seed=seed)
+        if rule == "majority" and len(self.answers) <= LARGEST_EXACT:
+            return majority_of_k(self.answers, self.right)[k - 1]
+        weights = self.scores if rule == "weighted" else [1.0] * len(self.answers)
+        return weighted_of_k(self.answers, self.right, weights, k, seed=seed)
 
 
 @dataclass
@@ -192,7 +204,9 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     }
     write_json(make_folder(out) / DETAILS, {"search": details})
     write_json(out / VALUES, values)
-    write_comparison(out, records + by_level, details, title=f"Search on {task.name}")
+    largest = {name: config.budgets_of(arm)[-1] for name, arm in config.arms.items()}
+    trees = {f"{name}@{budget}": read_searches(_folder(out, name, budget)) for name, budget in largest.items()}
+    write_comparison(out, records + by_level, details, f"Search on {task.name}", trees)
     write_json(out / RESULTS, records + by_level)
     print(format_table([r for r in records if r["metric"] == "accuracy"]))
     print(f"\nresults: {out / RESULTS}\nreport:  {out / 'report.html'}")

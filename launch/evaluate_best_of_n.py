@@ -14,7 +14,7 @@ from ..models.judges import StepScorer
 from ..models.ledger import Ledger
 from ..models.reward import RewardModel, aggregate
 from ..models.step_metrics import auroc
-from ..search.choose import best_of_k, majority_of_k, paired_bootstrap, pass_at_k, weighted_of_k
+from ..search.choose import LARGEST_EXACT, best_of_k, majority_of_k, paired_bootstrap, pass_at_k, weighted_of_k
 from . import options_eval
 from .evaluate import record, values_of, write_results
 from .evaluate_first_errors import judge_of
@@ -22,7 +22,6 @@ from .options import first, required
 from .scoring import Scored
 
 MAJORITY, PASS = "majority", "pass"
-_LARGEST_EXACT = 1000  # beyond, numbers of draws do not fit into a float
 
 
 def evaluate_best_of_n(config: options_eval.EvaluateBestOfN, out: Path) -> None:
@@ -108,7 +107,7 @@ def _votes(
     found: dict[str, dict[int, list[float]]] = {PASS: {k: [] for k in ks}, MAJORITY: {k: [] for k in ks}}
     for problem, own in pool.items():
         right, answers = [rows[i].right for i in own], [rows[i].answer for i in own]
-        exact = majority_of_k(answers, right) if len(own) <= _LARGEST_EXACT else None
+        exact = majority_of_k(answers, right) if len(own) <= LARGEST_EXACT else None
         for k in ks:
             found[PASS][k].append(pass_at_k(len(own), sum(right), k))
             found[MAJORITY][k].append(

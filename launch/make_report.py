@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, read_json, read_jsonl, write_json
+from ..data_gen.searched import SEARCH_FILE, read_searches
 from . import options_eval
 from .evaluate import DETAILS, RESULTS
 
@@ -30,6 +31,10 @@ def make_report(config: options_eval.Report, out: Path) -> None:
     costs = {}
     for path in sorted(run.glob("*/rows.json")):
         costs[path.parent.name] = read_json(path)["ledger"]
+    trees = config.trees
+    if trees is None:
+        found = [path.parent for path in sorted(run.glob(f"*/{SEARCH_FILE}"))]
+        trees = {folder.name: str(folder) for folder in found if ".old-" not in folder.name}
     write_run_report(
         run / "report.html",
         config.title,
@@ -39,6 +44,7 @@ def make_report(config: options_eval.Report, out: Path) -> None:
         curves,
         costs,
         details,
+        {name: read_searches(folder) for name, folder in trees.items()},
     )
     print(format_table(records))
     print(f"\nresults: {run / RESULTS}\nreport:  {run / 'report.html'}")

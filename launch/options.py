@@ -49,8 +49,8 @@ class OnTask:
 
 
 @dataclass
-class WithPolicy(OnTask):
-    """How a stage samples from a policy."""
+class FromPolicy:
+    """How to sample from a policy, whatever it is asked."""
 
     policy: str = option("", "the policy: a folder, a hub id, or a served model's name")
     backend: str = option("transformers", "transformers, vllm or openai")
@@ -66,7 +66,16 @@ class WithPolicy(OnTask):
     system: str | None = option(None, "system message, for a policy that has no step format")
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "max_new_tokens", "batch_size", "unit_problems")
-        at_least(self, 0, "limit")
+        at_least(self, 1, "max_new_tokens", "batch_size")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError("temperature must be 0 or more and top_p must lie in (0, 1]")
+
+
+@dataclass
+class WithPolicy(FromPolicy, OnTask):
+    """How a stage samples from a policy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "unit_problems")
+        at_least(self, 0, "limit")

@@ -153,3 +153,6 @@ class Report:
     title: str = option("Stepladder", "heading of the report")
     curves: dict[str, str] = option({}, "name -> folder of a training stage whose curves are shown")
     command: str = option("", "the command that made it")
+    trees: dict[str, str] | None = option(
+        None, "name -> folder of a search stage whose trees are shown; null takes those of the run, {} none"
+    )

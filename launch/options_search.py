@@ -61,6 +61,22 @@ def strategy_settings(strategy: str, settings: Mapping[str, Any], where: str) ->
     return values
 
 
+def budget_of(strategy: str, settings: Mapping[str, Any]) -> int:
+    """The budget that a strategy has with these settings."""
+    function, field = STRATEGIES[strategy]
+    return settings.get(field, inspect.signature(function).parameters[field].default)
+
+
+def with_budget(strategy: str, settings: Mapping[str, Any], budget: int) -> dict[str, Any]:
+    """The settings with another budget. A `width` above it is cut to it."""
+    function, field = STRATEGIES[strategy]
+    made = {**settings, field: budget}
+    if strategy in ("beam", "dvts"):
+        default = inspect.signature(function).parameters["width"].default
+        made["width"] = min(budget, settings.get("width", default))
+    return made
+
+
 def _aggregation(value: str) -> None:
     if value not in ("", "last", "min", "prod", "mean"):
         raise ValueError(f"aggregation must be last, min, prod, mean or empty, found {value!r}")
@@ -178,14 +194,11 @@ class Compare(WithPolicy):
         for name, arm in self.arms.items():
             if arm.strategy not in STRATEGIES:
                 raise ValueError(str(unknown_key(arm.strategy, list(STRATEGIES), f"arms.{name}: strategy")))
-            function, field = STRATEGIES[arm.strategy]
+            field = STRATEGIES[arm.strategy][1]
             if field in arm.settings:
                 raise ValueError(f"arms.{name}: {field} is what the budgets set; give budgets")
             for budget in self.budgets_of(arm):
-                settings = {**arm.settings, field: budget}
-                if arm.strategy in ("beam", "dvts"):
-                    default = inspect.signature(function).parameters["width"].default
-                    settings["width"] = min(budget, settings.get("width", default))
+                settings = with_budget(arm.strategy, arm.settings, budget)
                 values = {key: getattr(self, key) for key in shared}
                 values |= {"aggregation": self.aggregation if arm.aggregation is None else arm.aggregation}
                 values |= {"strategy": arm.strategy, "alpha": arm.alpha, "prover_k": arm.prover_k}

@@ -10,7 +10,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,16 @@ def write_run_report(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     costs: Mapping[str, Mapping[str, float]],
     details: Mapping[str, Any],
+    searches: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
 ) -> None:
     """Writes the report of a run: results, plots, training curves, cost by stage, and solutions to browse.
 
     `curves` are the metrics.jsonl of training stages, `costs` the ledgers of the stages that made rows, `details` what the
-    evaluation stages kept to be shown (`solutions`, `calibration`, `values`).
+    evaluation stages kept to be shown (`solutions`, `calibration`, `values`), `searches` the records of search stages, of
+    which as many trees are shown as a page has room for.
     """
+    from .report_trees import LEAST_ROOM, ROOM, trees_section
+
     sections = [
         ("Results", results_section(records)),
         ("Choosing among k samples", pool_section(records)),
@@ -59,6 +63,8 @@ def write_run_report(
         ("Cost by stage", costs_section(costs)),
         ("How it was made", provenance_section(manifest)),
     ]
+    room = max(LEAST_ROOM, ROOM - sum(len(body) for _, body in sections))
+    sections.insert(5, ("Search trees", trees_section(searches or {}, room)))
     write_report(path, title, sections, intro=f"<p>Made by <code>{_text(command)}</code></p>" if command else "")
 
 
@@ -372,8 +378,7 @@ def solutions_section(solutions: Sequence[Mapping[str, Any]]) -> str:
     """
     if not solutions:
         return ""
-    # JSON has no NaN, and only "<" could end the script element early; ASCII keeps half surrogate pairs whole.
-    data = json.dumps(_finite(solutions), separators=(",", ":")).replace("<", "\\u003c")
+    data = embedded(finite(solutions))
     exact = any(right is not None for s in solutions for right in s["step_right"])
     marks = (
         "✓ and ✗ are the exact checker's verdict on the step. "
@@ -399,12 +404,18 @@ def solutions_section(solutions: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _finite(value: Any) -> Any:
+def embedded(value: Any) -> str:
+    """JSON to stand in a script element."""
+    # Only "<" could end the element early; ASCII keeps half surrogate pairs whole.
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def finite(value: Any) -> Any:
     """The value with null for every number that JSON cannot write."""
     if isinstance(value, Mapping):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

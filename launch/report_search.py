@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import charts
 from .report import _cell, _figure, _table, _text, costs_section, write_report
+from .report_trees import LEAST_ROOM, ROOM, trees_section
 from .tables import Record, short
 
 COSTS = {"flops": "FLOPs a problem", "tokens": "generated tokens a problem"}
@@ -21,8 +22,17 @@ WORDS = {
 }
 
 
-def write_comparison(out: Path, records: Sequence[Record], details: Mapping[str, Any], title: str) -> None:
-    """Writes report.html and, where matplotlib is installed, curves-flops.png and curves-tokens.png."""
+def write_comparison(
+    out: Path,
+    records: Sequence[Record],
+    details: Mapping[str, Any],
+    title: str,
+    searches: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
+) -> None:
+    """Writes report.html and, where matplotlib is installed, curves-flops.png and curves-tokens.png.
+
+    `searches` are the records of searches whose trees are shown.
+    """
     sections = [
         ("Accuracy over cost", curves_figures(details)),
         ("At equal cost", matched_section(records, details)),
@@ -31,6 +41,8 @@ def write_comparison(out: Path, records: Sequence[Record], details: Mapping[str,
         ("All searches", runs_section(records, details)),
         ("Cost of the searches", costs_section({f"{r['arm']}@{r['budget']}": r["ledger"] for r in details["runs"]})),
     ]
+    room = max(LEAST_ROOM, ROOM - sum(len(body) for _, body in sections))
+    sections.append(("Search trees", trees_section(searches or {}, room)))
     write_report(out / "report.html", title, sections)
     if importlib.util.find_spec("matplotlib") is None:
         print("curves as PNG need matplotlib (the extra `plots`); they are in report.html", flush=True)

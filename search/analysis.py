@@ -6,7 +6,6 @@ Pure functions of numbers. A pool is the samples of one problem: answers (None u
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,38 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..basics import fold_seed
-from .choose import pass_at_k, vote_credit
+from .choose import pass_at_k
 
-# --- curves from one pool ----------------------------------------------------------------------------------------------
-
-
-def vote_of_k(
-    answers: Sequence[str | None],
-    right: Sequence[bool],
-    k: int,
-    weights: Sequence[float] | None = None,
-    *,
-    draws: int = 100,
-    seed: int = 0,
-) -> float:
-    """Expected correctness of the vote of k samples drawn from the pool without replacement; weighted by `weights` if given.
-
-    The mean over `draws` random subsets (arXiv:2407.21787 takes 100), or over all subsets if there are no more than that.
-    """
-    n = len(answers)
-    if not 1 <= k <= n:
-        raise ValueError(f"1 <= k <= n must hold, found n={n}, k={k}")
-    if math.comb(n, k) <= draws:
-        subsets = [list(some) for some in itertools.combinations(range(n), k)]
-    else:
-        rng = np.random.default_rng(fold_seed(seed, "subsets", n, k))
-        subsets = [rng.choice(n, k, replace=False).tolist() for _ in range(draws)]
-    take = lambda values, some: [values[i] for i in some]
-    credits = [
-        vote_credit(take(answers, some), take(right, some), None if weights is None else take(weights, some))
-        for some in subsets
-    ]
-    return sum(credits) / len(credits)
+# --- coverage -----------------------------------------------------------------------------------------------------------
 
 
 def coverage(counts: Sequence[tuple[int, int]], k: int) -> float:

@@ -11,20 +11,27 @@ from collections.abc import Sequence
 
 import numpy as np
 
+LARGEST_EXACT = 1000  # samples of a pool for `majority_of_k`: beyond, numbers of draws do not fit into a float
+
+
+def tally(answers: Sequence[str | None], weights: Sequence[float] | None = None) -> dict[str, float]:
+    """Answer -> its votes, or its total weight, in the order in which the answers came up."""
+    totals: dict[str, float] = {}
+    for i, answer in enumerate(answers):
+        if answer is not None:
+            totals[answer] = totals.get(answer, 0.0) + (1.0 if weights is None else weights[i])
+    return totals
+
 
 def vote_credit(answers: Sequence[str | None], right: Sequence[bool], weights: Sequence[float] | None = None) -> float:
     """Expected correctness, in [0, 1], of the answer with the greatest total weight (majority if `weights` is None).
 
     Self-consistency (arXiv:2203.11171) and weighted best-of-N (arXiv:2206.02336).
     """
-    totals: dict[str, float] = {}
-    is_right: dict[str, bool] = {}
-    for i, answer in enumerate(answers):
-        if answer is not None:
-            totals[answer] = totals.get(answer, 0.0) + (1.0 if weights is None else weights[i])
-            is_right[answer] = is_right.get(answer, False) or right[i]
+    totals = tally(answers, weights)
     if not totals:
         return 0.0
+    is_right = {a: any(r for other, r in zip(answers, right, strict=True) if other == a) for a in totals}
     # Sums of floats in another order differ in the last digits: equal votes must stay ties.
     best = max(totals.values())
     winners = [a for a, total in totals.items() if np.isclose(total, best, rtol=1e-9, atol=1e-12)]

@@ -114,6 +114,28 @@ class ChainArith:
         )
         return Problem("", prompt, str(value), {"start": start, "operations": operations, "steps": steps})
 
+    def problem_of(self, text: str) -> Problem:
+        """The problem that somebody's text states, written as the task writes it. Raises ValueError if it states none."""
+        start, *rest = (part.split() for part in text.split(";"))
+        form = "expected a problem such as Start 3 ; + 5 ; * 2"
+        if (
+            len(start) != 2
+            or start[0] != "Start"
+            or not rest
+            or any(len(p) != 2 or p[0] not in OPERATIONS for p in rest)
+        ):
+            raise ValueError(f"{form}, found {text.strip()[:80]!r}")
+        numbers = [start[1], *(operand for _, operand in rest)]
+        if wrong := [n for n in numbers if not re.fullmatch("[0-9]{1,6}", n) or int(n) >= self.p]:
+            raise ValueError(f"{form}, with numbers from 0 to {self.p - 1}, found {wrong[0][:20]!r}")
+        value = int(start[1])
+        for operation, operand in rest:
+            value = apply(value, operation, int(operand), self.p)
+        prompt = " ; ".join([f"Start {int(start[1])}", *(f"{op} {int(number)}" for op, number in rest)]) + " \n"
+        operations = [(op, int(number)) for op, number in rest]
+        meta = {"start": int(start[1]), "operations": operations, "steps": len(rest)}
+        return Problem("", prompt, str(value), meta)
+
     def parse(self, problem: Problem) -> tuple[int, list[tuple[str, int]]]:
         """(start value, operations) of a problem's text."""
         head, *rest = problem.prompt.strip().split(" ; ")

@@ -18,7 +18,7 @@ PRESETS: dict[str, Callable[..., TextTask]] = {
     "word_problems": word_problems,
     "multiple_choice": multiple_choice,
 }
-KINDS = ("chain", "text", *PRESETS, "reasoning_gym")
+KINDS = ("chain", "text", *PRESETS, "reasoning_gym", "free")
 
 
 def load_task(config: Mapping[str, Any]) -> Task:
@@ -44,6 +44,10 @@ def load_task(config: Mapping[str, Any]) -> Task:
         from .gym import GymTask
 
         return typing.cast("Task", build(GymTask, values, where))
+    if kind == "free":
+        from .free import FreeText
+
+        return typing.cast("Task", build(FreeText, values, where))
     if kind not in PRESETS:
         error = unknown_key(str(kind), KINDS, "task")
         raise UserError(str(error).replace("unknown key", "unknown kind").replace("known keys", "known kinds"))

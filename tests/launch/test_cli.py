@@ -41,7 +41,8 @@ assert not heavy, heavy
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], [], ["--version"], ["data"], ["train", "--help"], ["data", "solutions", "--help"], ["search", "beam", "-h"],
-     ["quickstart", "--help"], ["run", "--help"], ["export", "--help"], ["import-reward", "-h"]],
+     ["quickstart", "--help"], ["run", "--help"], ["solve", "--help"],
+     ["serve", "--help"], ["export", "--help"], ["import-reward", "-h"]],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     ended = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH, *arguments], capture_output=True, text=True)

@@ -232,6 +232,10 @@ def test_a_pool_gives_every_rule_its_credit():
     pool = comparing.Pool(["1", "2", "2", None], [True, False, False, False], [0.9, 0.3, 0.4, 0.1], 0, [3, 3, 2, 1])
     assert [pool.credit(rule) for rule in comparing.RULES] == [1.0, 1.0, 0.0, 1.0]
     assert [pool.credit_of(rule, 1, 0) for rule in comparing.RULES] == pytest.approx([0.25] * 4)
+    # Of the six pairs {1, None} is right and the two {1, 2} are ties.
+    assert pool.credit_of("majority", 2, 0) == pytest.approx((1 + 0.5 + 0.5) / 6)
+    # By weight 1 wins in the three pairs that hold it.
+    assert pool.credit_of("weighted", 2, 0) == pytest.approx(3 / 6, abs=0.15)
     assert [pool.credit_of(rule, 4, 0) for rule in comparing.RULES] == [1.0, 1.0, 0.0, 1.0]
     tie = comparing.Pool(["1", "2"], [True, False], [0.5, 0.5], 0, [1, 1])
     assert tie.credit("best") == 0.5  # first come is not better

@@ -20,40 +20,7 @@ from stepladder.search.analysis import (
     log_spaced,
     samples_flops,
     scored_tokens,
-    vote_of_k,
 )
-from stepladder.search.choose import best_credit, best_of_k, vote_credit
-
-ANSWERS = ["4", "4", "5", "5", None, "6", "4", "5"]
-RIGHT = [True, True, False, False, False, False, True, False]
-SCORES = [0.1, 0.9, 0.8, 0.3, 0.95, 0.2, 0.4, 0.85]
-
-
-@pytest.mark.parametrize("k", range(1, 9))
-def test_votes_of_k_equal_all_subsets(k):
-    subsets = list(itertools.combinations(range(8), k))
-    take = lambda values, some: [values[i] for i in some]
-    for weights in (None, SCORES):
-        want = np.mean(
-            [
-                vote_credit(take(ANSWERS, s), take(RIGHT, s), None if weights is None else take(weights, s))
-                for s in subsets
-            ]
-        )
-        assert vote_of_k(ANSWERS, RIGHT, k, weights) == pytest.approx(want)
-        if len(subsets) > 10:  # drawn subsets have the same mean
-            drawn = [vote_of_k(ANSWERS, RIGHT, k, weights, draws=10, seed=seed) for seed in range(100)]
-            assert np.mean(drawn) == pytest.approx(want, abs=4 * 0.5 / math.sqrt(1000))
-    best = np.mean([best_credit(take(SCORES, s), take(RIGHT, s)) for s in subsets])
-    assert best_of_k(SCORES, RIGHT, k) == pytest.approx(best)
-
-
-def test_votes_of_k_are_drawn_by_seed():
-    one = vote_of_k(ANSWERS, RIGHT, 4, draws=20, seed=1)
-    assert one == vote_of_k(ANSWERS, RIGHT, 4, draws=20, seed=1)
-    assert len({vote_of_k(ANSWERS, RIGHT, 4, draws=20, seed=s) for s in range(8)}) > 1
-    with pytest.raises(ValueError, match="1 <= k <= n"):
-        vote_of_k(ANSWERS, RIGHT, 9)
 
 
 def test_coverage_is_the_mean_of_pass_at_k():
