@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import options_claims as claims
+from . import options_corrections as corrections
 from . import options_data as data
 from . import options_eval as evaluation
 from . import options_preferences as preferences
@@ -64,6 +65,10 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.solution_pairs": (preferences.SolutionPairs, _stage(".making_preferences", "make_solution_pairs")),
     "data.step_pairs": (preferences.StepPairs, _stage(".making_preferences", "make_step_pairs")),
     "data.mcts_dpo": (preferences.MCTSDPOTrees, _stage(".making_preferences", "make_mcts_dpo")),
+    "data.critiques": (corrections.Critiques, _stage(".making_corrections", "make_critiques")),
+    "data.refinements": (corrections.Refinements, _stage(".making_corrections", "make_refinements")),
+    "data.filter_critiques": (corrections.FilterCritiques, _stage(".making_corrections", "make_filtered_critiques")),
+    "data.best_refinements": (corrections.BestRefinements, _stage(".making_corrections", "make_best_refinements")),
     "data.join": (preferences.Join, _stage(".making_preferences", "join_rows")),
     "data.import": (data.Import, _stage(".making", "import_rows")),
     "data.prm800k": (data.ImportPRM800K, _stage(".making", "import_prm800k")),

@@ -1,0 +1,116 @@
+"""Options of the stages that criticise, refine and correct."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import option
+from ..models.corrections import Wording
+from .options import WithPolicy, at_least
+
+
+@dataclass
+class Worded:
+    """Options of every stage that asks for critiques or further attempts."""
+
+    wording: str = option("text", "how is asked: text, lab (for the lab's word-level models), self_refine or reflexion")
+    critique_prompt: str = option("", "in place of the wording's question to a critic, with {prompt} and {draft}")
+    refine_prompt: str = option("", "in place of the wording's request to refine, with {critique}")
+    retry_prompt: str = option("", "in place of the wording's request to try again without a critique")
+
+    def words(self) -> Wording:
+        """The wording, with the texts that are told. Raises ValueError."""
+        own = {"critique": self.critique_prompt, "refine": self.refine_prompt, "retry": self.retry_prompt}
+        return Wording.named(self.wording, **own)
+
+
+@dataclass
+class Critiques(Worded, WithPolicy):
+    """Writes step-by-step critiques of drafts: samples, and solutions with planted errors (Dialogue rows, kind critique)."""
+
+    solutions: str = option("", "Solution rows: natural errors (RG1) and right ones; empty takes planted errors alone")
+    wrong: int = option(1, "wrong samples of each problem at most")
+    right: int = option(1, "right samples of each problem at most")
+    rg2: int = option(0, "drafts of each problem with an error planted at a told step")
+    rg3: int = option(0, "drafts of each problem with a told kind of error planted at a told step")
+    writer: str = option(
+        "", "who writes critiques: checker or policy; empty: the checker where the task can check and plant"
+    )
+    samples: int = option(1, "critiques of each draft by the policy")
+    annotate: bool = option(True, "PEEKS: the policy is told the reference answer and the known error, as an annotator")
+    stop_at_error: bool = option(False, "the checker's critiques end behind the first wrong step")
+    corrupt: float = option(0.0, "share of the checker's critiques with a wrong finding, to put a filter to the test")
+    strip: bool = option(True, "cut sentences that give the reference answer away")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "wrong", "right", "rg2", "rg3")
+        at_least(self, 1, "samples")
+        self.words()
+        if self.writer not in ("", "checker", "policy"):
+            raise ValueError(f"writer must be checker, policy or empty, found {self.writer!r}")
+        if not 0 <= self.corrupt <= 1:
+            raise ValueError(f"corrupt must lie in [0, 1], found {self.corrupt}")
+
+
+@dataclass
+class Refinements(Worded, WithPolicy):
+    """Samples refinements by critiques, with verdicts (Dialogue rows, kind refine; right and wrong ones)."""
+
+    critiques: str = option("", "Dialogue rows of data.critiques")
+    only: str = option("", "criticised drafts that are right or wrong alone; empty refines both")
+    samples: int = option(1, "refinements by each critique")
+    repair: bool = option(
+        False, "PEEKS: not asked with the critique, but the policy goes on behind the step that should stand at the first error"
+    )
+    control: str = option("", "a control: empty (no critique is shown) or shuffled (that of another draft)")
+    unit_problems: int = option(64, "critiques in one unit of work, which is what a kill can cost")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "samples")
+        self.words()
+        if self.control not in ("", "empty", "shuffled"):
+            raise ValueError(f"control must be empty, shuffled or nothing, found {self.control!r}")
+        if self.repair and self.control:
+            raise ValueError("repair asks no refiner: control says nothing there")
+        if self.only not in ("", "right", "wrong"):
+            raise ValueError(f"only must be right, wrong or empty, found {self.only!r}")
+
+
+@dataclass
+class FilterCritiques:
+    """Keeps the critiques by which refinements end right (Dialogue rows, kind critique)."""
+
+    critiques: str = option("", "Dialogue rows of data.critiques")
+    refinements: str = option("", "Dialogue rows of data.refinements by these critiques")
+    mode: str = option("soft", "soft (refinements end right), hard (the verdict is right), both, or none (a control)")
+    threshold: float = option(0.3, "least share of right refinements")
+    count: int = option(0, "keep so many, drawn with the seed; 0 for all")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "count")
+        if self.mode not in ("soft", "hard", "both", "none"):
+            raise ValueError(f"mode must be soft, hard, both or none, found {self.mode!r}")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must lie in (0, 1], found {self.threshold}")
+
+
+@dataclass
+class BestRefinements(Worded):
+    """Keeps right refinements to learn from, as refinements, as plain solutions or with their critiques (Dialogue rows)."""
+
+    refinements: str = option("", "Dialogue rows of data.refinements")
+    kinds: list[str] = option(["refine"], "what is learnt: refine, solve (problem to refinement), critique")
+    per_critique: int = option(1, "right refinements of each critique at most")
+    repair_only: bool = option(True, "leave out refinements of drafts that are right already")
+    separator: str = option("\n", "text between steps")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_critique")
+        self.words()
+        if not self.kinds or set(self.kinds) - {"refine", "solve", "critique"}:
+            raise ValueError(f"kinds must be some of refine, solve and critique, found {self.kinds!r}")
