@@ -1,8 +1,8 @@
-"""Critiques and refinements by them (AutoMathCritique, arXiv:2411.16579): drafts with errors, critiques, their filter, rows to learn.
+"""Critiques and refinements by them (AutoMathCritique, arXiv:2411.16579): drafts, critiques, their filter, rows to learn.
 
 A draft is a solution to be criticised. RG1 drafts are samples of a policy: natural errors, somewhere. RG2 drafts have an error
-planted at a told step, RG3 drafts a told kind of error at a told step; what follows goes on from it. Where a task can plant errors and
-check steps (`StepPlanter`), drafts and critiques are exact; else a language model writes them.
+planted at a told step, RG3 drafts a told kind of error at a told step; what follows goes on from it. Where a task can plant
+errors and check steps (`StepPlanter`), drafts and critiques are exact; else a language model writes them.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from .store import UnitResult
 # What a generator is told on text (RG2, RG3), and an annotator. They are not what a critic is trained to answer.
 PLANT = """{prompt}
 
-Write a solution, one step a line, that goes wrong at step {step} and nowhere before it, {error} Go on from the error as if it were \
-right, and end with the answer that follows. Do not say that there is an error."""
+Write a solution, one step a line, that goes wrong at step {step} and nowhere before it, {error} Go on from the error as if it \
+were right, and end with the answer that follows. Do not say that there is an error."""
 PLANT_INTO = """{prompt}
 
 A right solution:
@@ -57,7 +57,9 @@ class Draft:
     right: bool  # its answer
     origin: str  # RG1, RG2 or RG3
     sample: int  # number among the drafts of its origin and problem
-    writer: str  # the policy that wrote it, or "planted": corrections learnt on others' errors transfer poorly to one's own
+    writer: (
+        str  # the policy that wrote it, or "planted": corrections learnt on others' errors transfer poorly to one's own
+    )
     first_error: int | None = None
     known: bool = False
     error: str = ""  # the kind that was planted
@@ -70,7 +72,7 @@ class Draft:
 def natural_drafts(
     solutions: Sequence[Solution], task: Task, problems: Mapping[str, Problem], *, wrong: int, right: int
 ) -> list[Draft]:
-    """RG1: the first `wrong` distinct wrong and `right` distinct right samples of each problem. Right ones teach a critic to say so."""
+    """RG1: the first `wrong` distinct wrong and `right` distinct right samples of each problem (a critic must learn to say so)."""
     taken: Counter[tuple[str, bool]] = Counter()
     seen: set[tuple[str, tuple[str, ...]]] = set()
     drafts = []
@@ -169,18 +171,19 @@ def written_drafts(
 # --- critiques --------------------------------------------------------------------------------------------------------
 
 
-def exact_critique(task: StepPlanter, draft: Draft, *, stop_at_error: bool = False) -> str:
+def exact_critique(task: StepPlanter, draft: Draft, *, stop_at_error: bool = False, reason_first: bool = False) -> str:
     """The critique by the task's checker: a step is wrong if it does not hold given what stands before it.
 
     What only goes on from an error inherits it, and is no error of its own; an explanation says which step should have stood there.
-    With `stop_at_error` steps behind the first error are left out.
+    With `stop_at_error` steps behind the first error are left out. With `reason_first` every step is explained by the step that
+    should stand there, before its verdict: a critic that learns this judges by comparing.
     """
     verdicts: list[StepVerdict] = []
     checks = task.check_steps(draft.problem, draft.steps)
     error = first_error(checks)
     for t, (step, check) in enumerate(zip(draft.steps, checks, strict=True)):
         why = ""
-        if not check.local_ok:
+        if reason_first or not check.local_ok:
             expected = task.expected_step(draft.problem, draft.steps[:t])
             why = f"expected {expected}" if expected else ""
         elif error is not None and t > error and not check.on_track:
@@ -188,10 +191,10 @@ def exact_critique(task: StepPlanter, draft: Draft, *, stop_at_error: bool = Fal
         verdicts.append(StepVerdict(step, check.local_ok, why))
         if stop_at_error and not check.local_ok:
             break
-    return write_critique(verdicts, draft.right)
+    return write_critique(verdicts, draft.right, reason_first=reason_first)
 
 
-def corrupted(task: StepPlanter, draft: Draft, seed: int) -> str:
+def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool = False) -> str:
     """An exact critique with a wrong finding: another step is called wrong, or the right one is with a wrong correction.
 
     It stops there. Of a draft without an error some step is called wrong.
@@ -202,12 +205,15 @@ def corrupted(task: StepPlanter, draft: Draft, seed: int) -> str:
     if error is not None and (seed % 2 == 0 or not places):
         places = [error]
     place = places[(seed >> 8) % len(places)]
-    verdicts = [StepVerdict(step, True) for step in draft.steps[:place]]
+    verdicts = [
+        StepVerdict(step, True, f"expected {' '.join(step.split())}" if reason_first else "")
+        for step in draft.steps[:place]
+    ]
     # A wrong correction is a planted slip of the line that should stand there.
     wrong = task.planted(draft.problem, min(place, len(draft.steps) - 1), "slip", seed >> 16)
     fix = wrong[place] if place < len(wrong) else wrong[-1]
     verdicts.append(StepVerdict(draft.steps[place], False, f"expected {fix}"))
-    return write_critique(verdicts, False)
+    return write_critique(verdicts, False, reason_first=reason_first)
 
 
 def critique_rows(
@@ -222,8 +228,8 @@ def critique_rows(
 ) -> UnitResult[Dialogue]:
     """A row of kind `critique` for each text about each draft. Texts without a verdict are dropped, leaks of the answer cut.
 
-    `meta` says: id, prompt, reference, draft (its steps), correct, source (RG1 ...), writer, first_error, error, critique, wrong (what it
-    says), and in `mark` how it was made if that is told. An answer that a right draft gives already is no leak.
+    `meta` says: id, prompt, reference, draft (its steps), correct, source (RG1 ...), writer, first_error, error, critique,
+    wrong (what it says), and in `mark` how it was made if that is told. An answer that a right draft gives already is no leak.
     """
     result: UnitResult[Dialogue] = UnitResult([])
     for position, (draft, own) in enumerate(zip(drafts, texts, strict=True)):
@@ -259,6 +265,7 @@ def exact_critiques(
     seed: int,
     corrupt: float = 0.0,
     stop_at_error: bool = False,
+    reason_first: bool = False,
     strip: bool = True,
 ) -> UnitResult[Dialogue]:
     """Rows with exact critiques, of which a share `corrupt`, drawn with the seed, is corrupted (and says so in its `mark`)."""
@@ -266,7 +273,10 @@ def exact_critiques(
     for draft in drafts:
         draw = fold_seed(seed, "corrupt", draft.key)
         bad = (draw >> 10) / 2**53 < corrupt
-        text = corrupted(task, draft, fold_seed(draw, "how")) if bad else exact_critique(task, draft, stop_at_error=stop_at_error)
+        if bad:
+            text = corrupted(task, draft, fold_seed(draw, "how"), reason_first=reason_first)
+        else:
+            text = exact_critique(task, draft, stop_at_error=stop_at_error, reason_first=reason_first)
         texts.append([text])
         marks.append("corrupted" if bad else "exact")
     source = Source("checker", "none", task.name, seed)
@@ -291,7 +301,8 @@ def written_critiques(
 ) -> UnitResult[Dialogue]:
     """Rows with `samples` critiques of each draft by a language model.
 
-    With `annotate` it is told the reference answer, and what is known of the error, as an annotator is; rows hold the plain question.
+    With `annotate` it is told the reference answer, and what is known of the error, as an annotator is; rows hold the plain
+    question.
     """
     before = engine.ledger.copy()
     asked = []
@@ -359,8 +370,8 @@ def refinements(
 ) -> UnitResult[Dialogue]:
     """`samples` refinements by each critique, as rows of kind `refine` with both verdicts in `meta.correct`: right and wrong ones.
 
-    `control`: "empty" shows no critique, "shuffled" that of another draft (`donors`: critique id -> text). A refiner that does not read
-    its critique does as well with either.
+    `control`: "empty" shows no critique, "shuffled" that of another draft (`donors`: critique id -> text). A refiner that
+    does not read its critique does as well with either.
     """
     before = engine.ledger.copy()
     result: UnitResult[Dialogue] = UnitResult([])
@@ -471,7 +482,7 @@ def filter_critiques(
     count: int = 0,
     seed: int = 0,
 ) -> UnitResult[Dialogue]:
-    """The critiques that pass, with `mc_success` and `mc_rollouts` in their meta; with `count` so many of them, drawn with the seed.
+    """The critiques that pass, with `mc_success` and `mc_rollouts` in their meta; with `count` so many, drawn with the seed.
 
     soft   the share of right refinements is at least `threshold` (arXiv:2411.16579: useful, which is not the same as true)
     hard   the verdict on the answer is the reference's
@@ -532,11 +543,14 @@ def best_refinements(
     kinds: Sequence[str] = ("refine",),
     references: Mapping[str, str] | None = None,
     repair_only: bool = True,
+    only_right: bool = True,
 ) -> UnitResult[Dialogue]:
     """Rows to learn from: up to `per_critique` right and distinct refinements of each critique.
 
-    `kinds`: "refine" (problem, draft, critique -> refinement), "solve" (problem -> refinement: the main effect of critique in the loop),
-    "critique" (problem, draft -> the critique that helped). With `repair_only` drafts that are right already give nothing.
+    `kinds`: "refine" (problem, draft, critique -> refinement), "solve" (problem -> refinement: the main effect of critique
+    in the loop),
+    "critique" (problem, draft -> the critique that helped). With `repair_only` drafts that are right already give nothing. Without
+    `only_right` what ends wrong is learnt too: a refiner that shall do what it is told, and be no better a solver than the policy.
     """
     for kind in kinds:
         if kind not in ("refine", "solve", "critique"):
@@ -547,7 +561,7 @@ def best_refinements(
         meta = meta_of(row)
         if repair_only and meta["correct"][0]:
             result.dropped["refinements of right drafts"] += 1
-        elif not meta["correct"][1]:
+        elif only_right and not meta["correct"][1]:
             result.dropped["refinements that end wrong"] += 1
         elif shortcut(
             row.messages[-1].content, separator.join(meta["draft"]),

@@ -53,7 +53,9 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
             rows.setdefault(row.problem_id, []).append(row)
         known = {problem.id for problem in problems}
         if not known & rows.keys():
-            raise UserError(f"{config.solutions}: no problem of split {config.split!r} of task {task.name} has a solution there")
+            raise UserError(
+                f"{config.solutions}: no problem of split {config.split!r} of task {task.name} has a solution there"
+            )
     policy = Asked(config, task, out, [p.prompt for p in problems])
 
     def work(unit: Sequence[Problem]) -> UnitResult[Dialogue]:
@@ -79,7 +81,7 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
         if exact:
             result = critiques_.exact_critiques(
                 task, drafts, wording, seed=config.seed, corrupt=config.corrupt, stop_at_error=config.stop_at_error,
-                strip=config.strip,
+                reason_first=config.reason_first, strip=config.strip,
             )  # fmt: skip
         else:
             engine, step_format = policy()
@@ -145,7 +147,12 @@ def make_refinements(config: options.Refinements, out: Path) -> bool:
 
     def work(unit: Sequence[Dialogue]) -> UnitResult[Dialogue]:
         engine, step_format = policy()
-        drawn: Any = dict(samples=config.samples, sampling=_sampling(config), seed=config.seed, policy=config.policy)
+        drawn: Any = {
+            "samples": config.samples,
+            "sampling": _sampling(config),
+            "seed": config.seed,
+            "policy": config.policy,
+        }
         if config.repair and isinstance(task, StepPlanter):
             return critiques_.repairs(engine, task, step_format, unit, problems, wording, **drawn)
         return critiques_.refinements(
@@ -177,6 +184,7 @@ def make_best_refinements(config: options.BestRefinements, out: Path) -> bool:
     result = critiques_.best_refinements(
         read_dialogues(config.refinements, "refine"), config.words(), per_critique=config.per_critique, seed=config.seed,
         separator=config.separator, kinds=config.kinds, repair_only=config.repair_only,
+        only_right=config.only_right,
     )  # fmt: skip
     write_rows(out, result.rows, dropped=result.dropped, counts=result.counts)
     return _finish(out, True)

@@ -26,6 +26,18 @@ class Worded:
 
 
 @dataclass
+class Correcting(Worded):
+    """Options of searches that correct: who criticises, and what a new attempt sees."""
+
+    critic: str = option(
+        "", "what criticises, for strategy corrections: a policy's folder, self (the policy); empty: nothing, ask again"
+    )
+    critic_temperature: float = option(0.0, "sampling temperature of critiques; 0 is greedy")
+    critic_max_new_tokens: int = option(256, "longest critique in tokens")
+    shown: int = option(1, "earlier attempts, with what was said of them, that a new one sees; 0 for all")
+
+
+@dataclass
 class Critiques(Worded, WithPolicy):
     """Writes step-by-step critiques of drafts: samples, and solutions with planted errors (Dialogue rows, kind critique)."""
 
@@ -40,6 +52,7 @@ class Critiques(Worded, WithPolicy):
     samples: int = option(1, "critiques of each draft by the policy")
     annotate: bool = option(True, "PEEKS: the policy is told the reference answer and the known error, as an annotator")
     stop_at_error: bool = option(False, "the checker's critiques end behind the first wrong step")
+    reason_first: bool = option(False, "the checker says of every step what should stand there, before its verdict")
     corrupt: float = option(0.0, "share of the checker's critiques with a wrong finding, to put a filter to the test")
     strip: bool = option(True, "cut sentences that give the reference answer away")
 
@@ -62,7 +75,8 @@ class Refinements(Worded, WithPolicy):
     only: str = option("", "criticised drafts that are right or wrong alone; empty refines both")
     samples: int = option(1, "refinements by each critique")
     repair: bool = option(
-        False, "PEEKS: not asked with the critique, but the policy goes on behind the step that should stand at the first error"
+        False,
+        "PEEKS: not asked with the critique, but the policy goes on behind the step that should stand at the first error",
     )
     control: str = option("", "a control: empty (no critique is shown) or shuffled (that of another draft)")
     unit_problems: int = option(64, "critiques in one unit of work, which is what a kill can cost")
@@ -106,6 +120,9 @@ class BestRefinements(Worded):
     kinds: list[str] = option(["refine"], "what is learnt: refine, solve (problem to refinement), critique")
     per_critique: int = option(1, "right refinements of each critique at most")
     repair_only: bool = option(True, "leave out refinements of drafts that are right already")
+    only_right: bool = option(
+        True, "false keeps refinements that end wrong: to learn to follow critiques, not to solve"
+    )
     separator: str = option("\n", "text between steps")
     seed: int = option(0, "seed of the draw")
 
@@ -114,3 +131,21 @@ class BestRefinements(Worded):
         self.words()
         if not self.kinds or set(self.kinds) - {"refine", "solve", "critique"}:
             raise ValueError(f"kinds must be some of refine, solve and critique, found {self.kinds!r}")
+
+
+@dataclass
+class EvaluateCorrections:
+    """Measures corrections: accuracy of each turn, flips, votes over turns, edits; what critics find (results.json)."""
+
+    sources: dict[str, Any] = option(
+        {},
+        "name -> Dialogue rows of critiques or refinements, a search with strategy corrections or revisions, "
+        "or a list of Solution rows, one for each turn",
+    )
+    task: dict[str, Any] = option({"kind": "chain"}, "the task of searches")
+    split: str = option("test", "the split that searches are of")
+    shown: int = option(40, "chains of each source that go into the report's details")
+    seed: int = option(0, "seed of the bootstrap")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "shown")

@@ -86,6 +86,10 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "eval.policies": (evaluation.EvaluatePolicies, _stage(".evaluate_policies", "evaluate_policies")),
     "eval.best_of_n": (evaluation.EvaluateBestOfN, _stage(".evaluate_best_of_n", "evaluate_best_of_n")),
     "eval.behaviour": (evaluation.EvaluateBehaviour, _stage(".behaviour", "evaluate_behaviour")),
+    "eval.correction": (
+        corrections.EvaluateCorrections,
+        _stage(".evaluate_corrections", "evaluate_corrections"),
+    ),
     "eval.prm": (evaluation.EvaluatePRM, _stage(".evaluate_steps", "evaluate_prm")),
     "eval.processbench": (
         evaluation.EvaluateProcessBench,

@@ -155,14 +155,14 @@ class Reading:
         return self.steps.index(False) if False in self.steps else None
 
 
-def write_critique(verdicts: Sequence[StepVerdict], answer_right: bool, explanation: str = "") -> str:
-    """The text of a critique."""
+def write_critique(verdicts: Sequence[StepVerdict], answer_right: bool, *, reason_first: bool = False) -> str:
+    """The text of a critique; with `reason_first` each explanation stands before its verdict, which then follows from it."""
     lines = []
     for one in verdicts:
-        lines += [f"Step: {' '.join(one.step.split())}", f"Verdict: {'Correct' if one.right else 'Wrong'}"]
-        lines += [f"Explanation: {one.explanation}"] * bool(one.explanation)
-    lines += [f"Final answer verdict: {'Correct' if answer_right else 'Wrong'}"]
-    return "\n".join([*lines, *[f"Explanation: {explanation}"] * bool(explanation)])
+        verdict = f"Verdict: {'Correct' if one.right else 'Wrong'}"
+        why = [f"Explanation: {one.explanation}"] * bool(one.explanation)
+        lines += [f"Step: {' '.join(one.step.split())}", *([*why, verdict] if reason_first else [verdict, *why])]
+    return "\n".join([*lines, f"Final answer verdict: {'Correct' if answer_right else 'Wrong'}"])
 
 
 _VERDICT = re.compile(
@@ -192,13 +192,15 @@ _SENTENCE = re.compile(r"(?<=[.!?;])\s+")
 def strip_leaks(critique: str, answer: str, shown: str) -> tuple[str, int]:
     """(the critique without sentences that give the reference answer away; how many were cut).
 
-    A sentence gives it away if it holds the answer as a word of its own and the answer stands nowhere in `shown` (problem and
-    draft), or if it says "answer" before it. Lines that repeat a step of the draft are left alone. A label without a text goes too.
+    A sentence gives it away if it says "answer" before it, or if it holds the answer as a word of its own and the answer
+    stands nowhere
+    in `shown` (problem and draft); an answer of one character stands anywhere by chance, so that only the first counts.
+    Lines that repeat a step of the draft are left alone. A label without a text goes too.
     """
     if not answer.strip():
         return critique, 0
     word = rf"(?<![\w.]){re.escape(answer.strip())}(?!\w|\.\d)"
-    hidden = not re.search(word, shown)
+    hidden = len(answer.strip()) > 1 and not re.search(word, shown)
     told = re.compile(word if hidden else rf"answer\b[^.\n]{{0,40}}?{word}", re.IGNORECASE)
     lines, cut = [], 0
     for line in critique.split("\n"):
@@ -206,7 +208,9 @@ def strip_leaks(critique: str, answer: str, shown: str) -> tuple[str, int]:
         if label.strip().lower() in ("step", "step sentence") or not told.search(line):
             lines.append(line)
             continue
-        head, body = (f"{label}{colon} ", rest.strip()) if colon and label.strip().lower() == "explanation" else ("", line)
+        head, body = (
+            (f"{label}{colon} ", rest.strip()) if colon and label.strip().lower() == "explanation" else ("", line)
+        )
         kept = [sentence for sentence in _SENTENCE.split(body) if not told.search(sentence)]
         cut += len(_SENTENCE.split(body)) - len(kept)
         if kept:

@@ -209,7 +209,9 @@ class ChainArith:
         for position, (operation, operand) in enumerate(operations):
             here = error if position == index else ""
             if here == "operand":
-                operand = rng.choice([n for n in (self.units if operation == "*" else range(1, self.p)) if n != operand] or [operand])
+                operand = rng.choice(
+                    [n for n in (self.units if operation == "*" else range(1, self.p)) if n != operand] or [operand]
+                )
             elif here == "operator":
                 operation = rng.choice([o for o in OPERATIONS if o != operation])
             elif here == "copy":
