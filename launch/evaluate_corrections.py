@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, read_json
+from ..data_gen.inline import measure_inline
 from ..data_gen.rows import Dialogue, Solution
 from ..data_gen.searched import SEARCH_FILE, read_searches
 from ..data_gen.store import read_about, read_rows
@@ -23,7 +24,7 @@ from ..models.correction_metrics import (
 )
 from ..models.ledger import Ledger
 from ..search.choose import paired_bootstrap
-from ..tasks.base import Problem, Task
+from ..tasks.base import Problem, StepChecker, Task
 from ..tasks.load import load_task
 from . import options_corrections as options
 from .evaluate import bootstrap_groups, record, values_of, write_results
@@ -50,6 +51,8 @@ def evaluate_corrections(config: options.EvaluateCorrections, out: Path) -> None
             records.append(record(name, metric, interval, len(one["values"]), config.seed, ledger))
             values.append(one)
         for metric, (count, interval) in _shares(chains, config.seed).items():
+            records.append(record(name, metric, interval, count, config.seed, ledger))
+        for metric, (count, interval) in _inline(source, task, config.reflections, config.seed).items():
             records.append(record(name, metric, interval, count, config.seed, ledger))
         shown += [_shown(name, chain) for chain in chains[: config.shown]]
     write_results(out, records, values=values, details={"corrections": shown})
@@ -180,6 +183,40 @@ def _shares(chains: Sequence[Chain], seed: int) -> dict[str, tuple[int, tuple[fl
         )
         add(judged, lambda c: c.problem_id, lambda some: {"gated_gain": gain(some)[0]})
     return {metric: one for metric, one in found.items() if not math.isnan(one[1][0])}
+
+
+def _inline(
+    source: Any, task: Task, reflections: Sequence[str], seed: int
+) -> dict[str, tuple[int, tuple[float, float, float]]]:
+    """What solutions do about their own wrong steps; nothing without reflections, or for other rows."""
+    if not reflections or not isinstance(source, str) or not Path(source).is_dir():
+        return {}
+    if read_about(source)["row_type"] != "Solution":
+        return {}
+    if not isinstance(task, StepChecker):
+        raise UserError(f"task {task.name} cannot check steps: reflections cannot be judged")
+    groups: dict[str, list[int]] = {}
+    found = []
+    for row in read_rows(source, Solution):
+        groups.setdefault(row.problem_id, []).append(len(found))
+        problem = Problem(row.problem_id, row.prompt, row.gold)
+        found.append(measure_inline(task, problem, row.steps, reflections))
+    shares = {
+        "inline_repair": ("repaired", "wrong"),
+        "inline_noticed": ("noticed", "wrong"),
+        "inline_alarms": ("alarms", "steps"),
+        "wrong_steps": ("wrong", "steps"),
+    }
+
+    def share(what: str, of: str) -> Callable[[list[int]], float]:
+        def value(places: list[int]) -> float:
+            total = sum(found[i][of] for i in places)
+            return sum(found[i][what] for i in places) / total if total else math.nan
+
+        return value
+
+    made = {m: (len(found), bootstrap_groups(list(groups.values()), share(*s), seed)) for m, s in shares.items()}
+    return {metric: one for metric, one in made.items() if not math.isnan(one[1][0])}
 
 
 def _shown(name: str, chain: Chain) -> dict[str, Any]:

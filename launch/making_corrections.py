@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..basics import UserError, fold_seed, make_folder
 from ..data_gen import critiques as critiques_
+from ..data_gen import flips, inline, rise
 from ..data_gen.rows import Dialogue, Solution
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..models.engine import Engine
@@ -16,8 +18,9 @@ from ..models.step_format import StepFormat
 from ..tasks.base import HasReference, Problem, StepPlanter, Task
 from ..tasks.load import load_task
 from . import options_corrections as options
+from .evaluate_corrections import read_chains
 from .making import _check_words, _finish, _policy, _problems, _sampling, _split
-from .options import chunks, required
+from .options import chunks, first, required
 
 
 class Asked:
@@ -188,3 +191,67 @@ def make_best_refinements(config: options.BestRefinements, out: Path) -> bool:
     )  # fmt: skip
     write_rows(out, result.rows, dropped=result.dropped, counts=result.counts)
     return _finish(out, True)
+
+
+def make_rise(config: options.Rise, out: Path) -> bool:
+    """Rows of RISE."""
+    required(config, "policy")
+    task, problems = _problems(config)
+    policy, wording = Asked(config, task, out, [p.prompt for p in problems]), config.words()
+    drafts: dict[str, list[str]] = {}
+    for row in read_rows(config.drafts, Solution) if config.drafts else ():
+        drafts.setdefault(row.problem_id, []).append(task.step_separator.join(row.steps))
+    teacher: list[Any] = []
+
+    def work(unit: Sequence[Problem]) -> UnitResult[Dialogue]:
+        engine, step_format = policy()
+        if config.teacher and not teacher:
+            teacher.extend(_policy(dataclasses.replace(config, policy=config.teacher), task))
+        return rise.rise_rows(
+            engine, task, step_format, unit, wording, samples=config.samples, turns=config.turns, best_of=config.best_of,
+            tau=config.tau, select=config.select, shown=config.shown, sampling=_sampling(config), seed=config.seed,
+            policy=config.policy, teacher=tuple(teacher) or None, drafts=drafts, from_problem=config.from_problem,
+        )  # fmt: skip
+
+    units = chunks(problems, config.unit_problems)
+    complete = make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name)
+    return _finish(out, complete)
+
+
+def make_flip_pairs(config: options.FlipPairs, out: Path) -> bool:
+    """Pairs of attempts whose verdict was turned round."""
+    required(config, "source")
+    task = load_task(config.task)
+    problems = {problem.id: problem for problem in _split(task, config.split)}
+    chains, ledger = read_chains(config.source, task, problems)
+    source = read_rows(config.source, Solution)[0].source
+    result = flips.flip_pairs(chains, task, problems, per_problem=config.per_problem, seed=config.seed, source=source)
+    write_rows(out, result.rows, dropped=result.dropped, counts=result.counts, ledger=ledger)
+    return _finish(out, True)
+
+
+def make_inline(config: options.InlineCorrections, out: Path) -> bool:
+    """Right solutions with a wrong step that is put right."""
+    required(config, "solutions", "policy")
+    task = load_task(config.task)
+    right: dict[str, list[Solution]] = {}
+    for row in read_rows(config.solutions, Solution):
+        if row.right:
+            right.setdefault(row.problem_id, []).append(row)
+    if not right:
+        raise UserError(f"{config.solutions}: no solution is right")
+    groups = [first(rows, config.per_problem) for rows in first(list(right.values()), config.limit)]
+    problems = problems_of(config, task, [rows[0] for rows in groups], config.solutions)
+    policy = Asked(config, task, out, [rows[0].prompt for rows in groups])
+
+    def work(unit: Sequence[Sequence[Solution]]) -> UnitResult[Dialogue]:
+        engine, step_format = policy()
+        return inline.inline_corrections(
+            engine, task, step_format, [row for rows in unit for row in rows], problems, config.reflections,
+            slips=config.slips, positions=config.positions, candidates=config.candidates, completions=config.completions,
+            clean=config.clean, mask=config.mask, sampling=_sampling(config), seed=config.seed,
+        )  # fmt: skip
+
+    units = chunks(groups, config.unit_problems)
+    complete = make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name)
+    return _finish(out, complete)

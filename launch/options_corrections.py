@@ -134,6 +134,71 @@ class BestRefinements(Worded):
 
 
 @dataclass
+class Rise(Worded, WithPolicy):
+    """Better answers at the states that the policy visits, weighted by reward (RISE; Dialogue rows, kind selfcorrect)."""
+
+    samples: int = option(1, "trajectories of each problem")
+    turns: int = option(2, "attempts in a trajectory at most; it ends at the first right one")
+    best_of: int = option(16, "PEEKS: samples at each state, of which the one with the highest reward is learnt")
+    tau: float = option(0.4, "the weight of a row is exp(reward / tau); 0 weighs all alike")
+    select: str = option("all", "which answers are learnt: all, better, best or success")
+    teacher: str = option(
+        "", "a stronger policy that writes the better answers (distillation); empty: the policy itself"
+    )
+    drafts: str = option("", "Solution rows in place of first attempts: a control with prefixes of another policy")
+    from_problem: bool = option(
+        False, "better answers are sampled from the problem alone: for a policy that has never seen a second turn"
+    )
+    shown: int = option(1, "earlier attempts that an attempt sees; 0 for all")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "samples", "turns", "best_of")
+        at_least(self, 0, "tau", "shown")
+        self.words()
+        if self.select not in ("all", "better", "best", "success"):
+            raise ValueError(f"select must be all, better, best or success, found {self.select!r}")
+
+
+@dataclass
+class FlipPairs:
+    """Pairs what a second attempt turned round, on the plain problem (SCL; Pair rows)."""
+
+    source: str = option("", "a search with strategy corrections or revisions (trees: -1)")
+    per_problem: int = option(0, "pairs of each problem at most, drawn with the seed; 0 for all")
+    task: dict[str, Any] = option({"kind": "chain"}, "the task of the search")
+    split: str = option("train", "the split that the search is of")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "per_problem")
+
+
+@dataclass
+class InlineCorrections(WithPolicy):
+    """Puts wrong steps of the policy's own, and their correction, into right solutions (S3c-Math; Dialogue rows)."""
+
+    solutions: str = option("", "Solution rows; the right ones among them are used")
+    per_problem: int = option(1, "solutions of each problem at most, the first sampled; 0 for all")
+    reflections: list[str] = option(["Wait", "Oops", "Hmm"], "what stands between a wrong step and the right one")
+    slips: int = option(1, "wrong steps in a solution at most")
+    positions: int = option(2, "places of a solution where a wrong step is looked for; 0 for all")
+    candidates: int = option(4, "steps sampled at a place")
+    completions: int = option(8, "completions that judge a step where the task cannot check steps")
+    clean: float = option(0.4, "share of solutions that stay without an error")
+    mask: bool = option(True, "wrong steps are read and not trained; false is a control")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "slips", "candidates", "completions")
+        at_least(self, 0, "per_problem", "positions")
+        if not self.reflections or not all(r.strip() for r in self.reflections):
+            raise ValueError("reflections is empty: what stands between a wrong step and the right one?")
+        if not 0 <= self.clean <= 1:
+            raise ValueError(f"clean must lie in [0, 1], found {self.clean}")
+
+
+@dataclass
 class EvaluateCorrections:
     """Measures corrections: accuracy of each turn, flips, votes over turns, edits; what critics find (results.json)."""
 
@@ -142,7 +207,10 @@ class EvaluateCorrections:
         "name -> Dialogue rows of critiques or refinements, a search with strategy corrections or revisions, "
         "or a list of Solution rows, one for each turn",
     )
-    task: dict[str, Any] = option({"kind": "chain"}, "the task of searches")
+    reflections: list[str] = option(
+        [], "steps that take back the one before; given, solutions are measured for what they do about their own errors"
+    )
+    task: dict[str, Any] = option({"kind": "chain"}, "the task of searches, and of step checks")
     split: str = option("test", "the split that searches are of")
     shown: int = option(40, "chains of each source that go into the report's details")
     seed: int = option(0, "seed of the bootstrap")

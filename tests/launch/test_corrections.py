@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import yaml
 
 from stepladder.basics import UserError, read_json
 from stepladder.data_gen.critiques import meta_of
-from stepladder.data_gen.rows import Dialogue, Message, Solution, Source
+from stepladder.data_gen.rows import Dialogue, Message, Pair, Solution, Source
 from stepladder.data_gen.searched import read_searches
 from stepladder.data_gen.store import read_about, read_rows
 from stepladder.data_gen.trajectories import Attempt, Chain, Said, chains_of_dialogues
@@ -36,13 +37,18 @@ refiner:
   {{do: train.sft, model: "@policy", rows: "@learnt", max_steps: 2, per_device_train_batch_size: 4, max_length: 300, save_steps: 9}}
 parallel: {SEARCH} critic: self, settings: {{n: 3, gate: always}}}}
 sequential: {SEARCH} critic: "@refiner", settings: {{n: 1, turns: 3, gate: oracle, keep: all}}}}
+walks: {SEARCH} split: train, settings: {{n: 6, turns: 2, keep: all}}}}
 retry: {SEARCH} settings: {{n: 2, turns: 2}}}}
+rise: {{do: data.rise, policy: "@refiner", best_of: 3, from_problem: true, unit_problems: 8, max_new_tokens: 30}}
+flips: {{do: data.flip_pairs, source: "@walks"}}
+inline: {{do: data.inline_corrections, policy: "@policy", solutions: "@solutions", positions: 0, unit_problems: 9}}
 first: {{do: data.solutions, policy: "@policy", split: test, samples: 2}}
 second: {{do: data.solutions, policy: "@policy", split: test, samples: 2, temperature: 0.5}}
 correction:
   do: eval.correction
   sources: {{critiques: "@critiques", refined: "@refined", parallel: "@parallel", sequential: "@sequential", retry: "@retry",
-            turns: ["@first", "@second"], shuffled: "@shuffled"}}
+            turns: ["@first", "@second"], shuffled: "@shuffled", alone: "@first"}}
+  reflections: [Wait]
 """
 
 
@@ -122,6 +128,21 @@ def test_metrics_of_every_source(made: Path) -> None:
     values = {(v["arm"], v["metric"]): v["values"] for v in read_json(made / "correction" / "values.json")}
     assert len(values["parallel", "accuracy"]) == 8
     assert sum(values["parallel", "accuracy"].values()) / 8 == pytest.approx(value("parallel", "accuracy"))
+
+
+def test_rows_of_rise_flips_and_inline_corrections(made: Path) -> None:
+    weights = {json.loads(row.meta)["reward"]: row.weight for row in rows_of(made, "rise")}
+    assert all(w == pytest.approx(math.exp(r / 0.4)) for r, w in weights.items())
+    assert {json.loads(row.meta)["turn"] for row in rows_of(made, "rise")} == {1, 2}
+    searched = {(row.problem_id, row.steps): row.right for row in read_rows(made / "walks", Solution)}
+    for pair in read_rows(made / "flips", Pair):
+        assert searched[pair.problem_id, pair.chosen]
+        assert not searched[pair.problem_id, pair.rejected]
+    kinds = Counter(row.kind for row in rows_of(made, "inline"))
+    assert set(kinds) == {"solve", "selfcorrect"}
+    found = {(r["arm"], r["metric"]): r["value"] for r in read_json(made / "correction" / "results.json")}
+    assert 0 < found["alone", "wrong_steps"] < 1
+    assert found["alone", "inline_repair"] == 0
 
 
 def test_shards_and_a_second_run_give_the_same_bytes(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
