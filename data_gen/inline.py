@@ -125,9 +125,8 @@ def inline_corrections(
     """Rows of kind `selfcorrect` with up to `slips` corrected steps each, and of kind `solve` for a share of at least `clean`.
 
     Wrong steps are looked for at `positions` drawn places of each right solution (0: all), in what the policy itself would
-    write there.
-    If every solution had an error the policy would learn to err on purpose: a drawn share stays as it is, with those in
-    which no wrong step was found. The first wrong step of two at neighbouring places is kept, so that prefixes are right ones.
+    write there. If every solution had an error the policy would learn to err on purpose: a drawn share stays as it is, and so
+    do those in which no wrong step was found.
     """
     before = engine.ledger.copy()
     result: UnitResult[Dialogue] = UnitResult([])

@@ -44,6 +44,7 @@ class Chain:
     number: int
     attempts: tuple[Attempt, ...]
     said: tuple[Said | None, ...]
+    prompt: str = ""
 
 
 def attempt(task: Task, problem: Problem, text: str, tokens: int | None = None) -> Attempt:
@@ -91,7 +92,8 @@ def chains_of_search(
                     said += [None] * (len(attempts) - len(said))
                     attempts.append(attempt(task, problem, text, node["tokens"]))
                 index = next(iter(children.get(index, [])), None)
-            chains.append(Chain(problem.id, number, tuple(attempts), (*said, *[None] * (len(attempts) - len(said)))))
+            said += [None] * (len(attempts) - len(said))
+            chains.append(Chain(problem.id, number, tuple(attempts), tuple(said), problem.prompt))
     return chains
 
 
@@ -110,7 +112,8 @@ def chains_of_dialogues(rows: Sequence[Dialogue]) -> list[Chain]:
             )
         problem = Problem(row.problem_id, meta["prompt"], meta["reference"])
         critique = None if meta.get("control") else said_of(problem, attempts[0], meta["critique"])
-        chains.append(Chain(row.problem_id, number, tuple(attempts), (critique, *[None] * (len(attempts) - 1))))
+        said = (critique, *[None] * (len(attempts) - 1))
+        chains.append(Chain(row.problem_id, number, tuple(attempts), said, meta["prompt"]))
     return chains
 
 
@@ -125,5 +128,5 @@ def chains_of_solutions(turns: Sequence[Sequence[Solution]], where: Sequence[str
         attempts = tuple(
             Attempt(r.text, r.answer, r.right, tokens=len(r.token_ids) or None) for r in (rows[key] for rows in keyed)
         )
-        chains.append(Chain(key[0], key[1], attempts, (None,) * len(attempts)))
+        chains.append(Chain(key[0], key[1], attempts, (None,) * len(attempts), keyed[0][key].prompt))
     return chains

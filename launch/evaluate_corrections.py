@@ -224,6 +224,7 @@ def _shown(name: str, chain: Chain) -> dict[str, Any]:
     return {
         "source": name,
         "problem_id": chain.problem_id,
+        "prompt": chain.prompt,
         "attempts": [{"text": a.text, "right": a.right, "answer": a.answer} for a in chain.attempts],
         "said": [None if s is None else {"text": s.text, "wrong": s.wrong} for s in chain.said],
     }

@@ -8,7 +8,7 @@ import pytest
 
 from stepladder.data_gen.inline import Slip, find_slips, inline_corrections, measure_inline
 from stepladder.data_gen.solutions import sample_solutions
-from stepladder.models.engine import Sampling
+from stepladder.models.engine import Sample, Sampling, StopReason
 from stepladder.models.lab import CORRECTION_WORDS, lab_tokenizer
 from stepladder.models.step_format import StepFormat
 from stepladder.tasks.base import Problem
@@ -18,10 +18,26 @@ from stepladder.trainers.sft import dialogue_example
 TASK = ChainArith(p=7, min_steps=3, max_steps=4, sizes={"train": 12, "dev": 1, "test": 1})
 
 
+def stopping(engine):
+    """The engine, whose samples end behind a line where they are asked to."""
+    whole, newline = engine.generate, engine.tokenizer("\n")["input_ids"][0]
+
+    def generate(requests, sampling):
+        found = whole(requests, sampling)
+        if not sampling.stop:
+            return found
+        cut = lambda s: s.ids.index(newline) + 1 if newline in s.ids else 0
+        short = lambda s: Sample(s.ids[: cut(s)], s.logprobs[: cut(s)], StopReason.STOP) if cut(s) else s
+        return [[short(s) for s in samples] for samples in found]
+
+    engine.generate = generate
+    return engine
+
+
 @pytest.fixture(scope="module")
 def made(erring_engine):
     problems = {p.id: p for p in TASK.problems("train")}
-    engine = erring_engine(TASK, 0.3)
+    engine = stopping(erring_engine(TASK, 0.3))
     step_format = StepFormat.for_policy(engine.tokenizer, "\n")
     rows = sample_solutions(
         engine, TASK, step_format, list(problems.values()), samples=4, sampling=Sampling(60), seed=0, policy="p"

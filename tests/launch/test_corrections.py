@@ -21,6 +21,7 @@ from stepladder.data_gen.trajectories import Attempt, Chain, Said, chains_of_dia
 from stepladder.launch.cli import main
 from stepladder.launch.evaluate_corrections import means
 from stepladder.launch.pipeline import run_recipe
+from stepladder.launch.report_corrections import corrections_section
 
 TASK = {"kind": "chain", "p": 7, "min_steps": 3, "max_steps": 4, "sizes": {"train": 16, "dev": 2, "test": 8}}
 SEARCH = '{do: search.run, strategy: corrections, policy: "@policy", trees: -1, unit_problems: 3, critic_max_new_tokens: 20, '
@@ -49,6 +50,7 @@ correction:
   sources: {{critiques: "@critiques", refined: "@refined", parallel: "@parallel", sequential: "@sequential", retry: "@retry",
             turns: ["@first", "@second"], shuffled: "@shuffled", alone: "@first"}}
   reflections: [Wait]
+report: {{do: report, results: ["@correction"]}}
 """
 
 
@@ -143,6 +145,23 @@ def test_rows_of_rise_flips_and_inline_corrections(made: Path) -> None:
     found = {(r["arm"], r["metric"]): r["value"] for r in read_json(made / "correction" / "results.json")}
     assert 0 < found["alone", "wrong_steps"] < 1
     assert found["alone", "inline_repair"] == 0
+
+
+def test_chains_can_be_browsed(made: Path) -> None:
+    page = (made / "report.html").read_text()
+    details = read_json(made / "correction" / "details.json")["corrections"]
+    assert {one["source"] for one in details} >= {"parallel", "sequential", "retry", "turns", "refined"}
+    assert page.count("<summary>chain/") == len(details)
+    assert "The critic says: wrong" in page
+    odd = {
+        "source": "<s>",
+        "problem_id": "p",
+        "prompt": "",
+        "attempts": [{"text": "<b>", "right": True}],
+        "said": [None],
+    }
+    assert "&lt;b&gt;" in corrections_section([odd])
+    assert "<b>" not in corrections_section([odd])
 
 
 def test_shards_and_a_second_run_give_the_same_bytes(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
