@@ -6,7 +6,6 @@ are also single next steps and the policy's own opinion, which `StepRoller` answ
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Generator, Sequence

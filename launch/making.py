@@ -256,7 +256,23 @@ def copy_model(config: options_data.CopyModel, out: Path) -> bool:
         source = hub_folder(config.source)
     with told_as_user_error(f"copy {source} to {out}"):
         shutil.copytree(source, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    if config.correction_words:
+        _add_words(out)
     return True
+
+
+def _add_words(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from ..models.lab import CORRECTION_WORDS, with_words
+    from ..models.loading import load_model, load_tokenizer, write_checkpoint
+
+    model, tokenizer = with_words(
+        load_model(AutoModelForCausalLM, str(folder)), load_tokenizer(str(folder)), CORRECTION_WORDS
+    )
+    with write_checkpoint(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
 
 
 def tell_cut_steps(reward: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from ..basics import canonical_json, write_atomic, write_json
 from ..data_gen.rows import Solution, Source
 from ..data_gen.searched import SEARCH_FILE, found_solutions, search_record
 from ..data_gen.store import Shard, UnitResult, make_rows
-from ..models.engine import Engine, StopReason
+from ..models.engine import Engine, Sampling, StopReason
 from ..models.prefix_cache import PrefixCache
 from ..models.reward import RewardModel
 from ..models.step_format import StepFormat
-from ..search.adapters import EffectiveScorer, RevisionPolicy, RewardScorer, StepPolicy
+from ..search.adapters import CorrectionPolicy, EffectiveScorer, RevisionPolicy, RewardScorer, StepPolicy
 from ..search.base import Scorer
 from ..tasks.base import Problem, Task
 from . import options_search
@@ -48,7 +49,8 @@ def make_search(config: options_search.Search, out: Path, loaded: Loaded | None 
             parts.extend(searchers(config, task, problems, loaded))
             write_json(out / ABOUT_FILE, _about(config, parts[0], parts[1]))
         engine, reward, policy, scorer = parts
-        spent = lambda: engine.ledger + reward.ledger if reward is not None else engine.ledger.copy()
+        others = [model.ledger for model in (reward, _critic_engine(policy, engine)) if model is not None]
+        spent = lambda: sum(others, engine.ledger.copy())
         before = spent()
         results = STRATEGIES[config.strategy][0](
             [policy.root(problem) for problem in some], policy, scorer, **config.settings, seed=config.seed
@@ -88,10 +90,11 @@ class Loaded:
 
     policy: tuple[Engine, StepFormat] | None = None
     reward: RewardModel | None = None
+    critic: tuple[Engine, StepFormat] | None = None
 
     def forget(self) -> None:
         """Empties the caches."""
-        for model in (self.policy[0] if self.policy else None, self.reward):
+        for model in (self.policy[0] if self.policy else None, self.reward, self.critic[0] if self.critic else None):
             if getattr(model, "cache", None) is not None:
                 model.cache = PrefixCache()  # type: ignore[union-attr]
 
@@ -106,12 +109,23 @@ def searchers(
         _check_words(config.policy, *loaded.policy, [problem.prompt for problem in problems])
     if loaded.reward is None and config.reward:
         loaded.reward = RewardModel.load(config.reward, dtype=config.reward_dtype, keep_prefixes=True)
+    if loaded.critic is None and config.strategy == "corrections" and config.critic not in ("", "self"):
+        loaded.critic = _policy(dataclasses.replace(config, policy=config.critic), task, keep_prefixes=True)
     loaded.forget()
     (engine, step_format), reward = loaded.policy, loaded.reward
     arguments = (engine, step_format, task.step_separator, _sampling(config))
     policy: StepPolicy
     if config.strategy == "revisions":
         policy = RevisionPolicy(*arguments, template=config.revision_template, attempt_template=config.attempt_template)
+    elif config.strategy == "corrections":
+        critic = None
+        if config.critic:
+            critic_sampling = Sampling(config.critic_max_new_tokens, config.critic_temperature)
+            critic = StepPolicy(*(loaded.critic or loaded.policy), task.step_separator, critic_sampling)
+        policy = CorrectionPolicy(
+            *arguments, wording=config.words(), task=task, problems={p.id: p for p in problems}, critic=critic,
+            shown=config.shown,
+        )  # fmt: skip
     else:
         policy = StepPolicy(*arguments)
     if reward is None:
@@ -122,12 +136,19 @@ def searchers(
     return engine, reward, policy, scorer
 
 
+def _critic_engine(policy: StepPolicy, engine: Engine) -> Engine | None:
+    """The critic's engine, if it is another one."""
+    critic = getattr(policy, "critic", None)
+    return critic.engine if critic is not None and critic.engine is not engine else None
+
+
 def _about(config: options_search.Search, engine: Any, reward: RewardModel | None) -> dict[str, Any]:
     """What the results of a search do not say themselves."""
     aggregation = config.aggregation or (reward.step_format.aggregation if reward is not None else "")
     return {
         "strategy": config.strategy,
         "settings": config.settings,
+        **({"critic": config.critic, "wording": config.wording} if config.strategy == "corrections" else {}),
         "aggregation": aggregation,
         "alpha": config.alpha,
         "prover_k": config.prover_k,

@@ -291,3 +291,6 @@ class CopyModel:
     """Copies a checkpoint: `lab` is the starting policy that ships with the package."""
 
     source: str = option("lab", "lab, a checkpoint folder, or a hub id")
+    correction_words: bool = option(
+        False, "give a lab policy the words of critiques and corrections, and a chat template for dialogues"
+    )

@@ -14,6 +14,7 @@ from ..basics import UserError
 from ..config import build, option, unknown_key
 from ..search.beam import beam_search
 from ..search.best_of_n import best_of_n, step_best_of_n
+from ..search.corrections import corrections
 from ..search.dvts import dvts
 from ..search.mcts import mcts
 from ..search.particles import particle_filter
@@ -22,6 +23,7 @@ from ..search.revisions import revisions
 from ..search.step_beam import step_beam
 from ..search.tree_of_thoughts import tot_bfs, tot_dfs
 from .options import WithPolicy, at_least
+from .options_corrections import Correcting
 
 # Name -> function, and the setting that its budget goes by.
 STRATEGIES: dict[str, tuple[Callable[..., Any], str]] = {
@@ -36,9 +38,10 @@ STRATEGIES: dict[str, tuple[Callable[..., Any], str]] = {
     "tot_bfs": (tot_bfs, "beams"),
     "tot_dfs": (tot_dfs, "expansions"),
     "revisions": (revisions, "n"),
+    "corrections": (corrections, "n"),
 }
 # These grow without a score: without a reward model their solutions can still be voted on.
-UNGUIDED = ("best_of_n", "revisions")
+UNGUIDED = ("best_of_n", "revisions", "corrections")
 
 
 def strategy_settings(strategy: str, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -83,13 +86,15 @@ def _aggregation(value: str) -> None:
 
 
 @dataclass
-class Search(WithPolicy):
+class Search(Correcting, WithPolicy):
     """Searches with any strategy (Solution rows, and what was searched in search.jsonl)."""
 
     split: str = option("test", "the split of the task")
     strategy: str = option("beam", "one of " + ", ".join(STRATEGIES))
     settings: dict[str, Any] = option({}, "settings of the strategy: the keywords of its function")
-    reward: str = option("", "the reward model that guides and chooses; best_of_n and revisions go without one too")
+    reward: str = option(
+        "", "the reward model that guides and chooses; best_of_n, revisions and corrections go without one too"
+    )
     reward_dtype: str = option("float32", "precision of the reward model")
     aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
     alpha: float = option(0.0, "weight of the advantage in the reward that guides (PAV); 0 guides by value alone")
@@ -104,7 +109,12 @@ class Search(WithPolicy):
         super().__post_init__()
         at_least(self, 1, "prover_k")
         at_least(self, -1, "trees")
+        at_least(self, 0, "shown", "critic_temperature")
+        at_least(self, 1, "critic_max_new_tokens")
+        self.words()
         _aggregation(self.aggregation)
+        if self.settings.get("gate") == "wrong" and not self.critic:
+            raise ValueError("gate wrong needs a critic that says which attempts are wrong: give critic")
         self.settings = _as_value_error(strategy_settings, self.strategy, self.settings, "search")
         if self.alpha and self.settings.get("select") == "sample":
             raise ValueError("select: sample draws by scores of 0 or more; with alpha a score can be negative")
@@ -151,7 +161,7 @@ class ComparedArm:
 
 
 @dataclass
-class Compare(WithPolicy):
+class Compare(Correcting, WithPolicy):
     """Compares search strategies at several budgets and at equal cost (results.json, curves, report.html)."""
 
     split: str = option("test", "the split of the task")

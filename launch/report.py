@@ -18,6 +18,7 @@ import yaml
 
 from ..basics import write_atomic
 from . import charts
+from .report_corrections import corrections_section
 from .tables import CURVES, DIFFERENCE, Answers, Curves, Record, other_name, other_pairs, short, show
 
 # Of metrics.jsonl; each beside its eval_ twin.
@@ -48,8 +49,8 @@ def write_run_report(
     """Writes the report of a run: results, plots, training curves, cost by stage, and solutions to browse.
 
     `curves` are the metrics.jsonl of training stages, `costs` the ledgers of the stages that made rows, `details` what the
-    evaluation stages kept to be shown (`solutions`, `calibration`, `values`), `searches` the records of search stages, of
-    which as many trees are shown as a page has room for.
+    evaluation stages kept to be shown (`solutions`, `calibration`, `values`, `corrections`), `searches` the records of search
+    stages, of which as many trees are shown as a page has room for.
     """
     from .report_trees import LEAST_ROOM, ROOM, trees_section
 
@@ -59,6 +60,7 @@ def write_run_report(
         ("Step scores", calibration_section(details.get("calibration"))),
         ("Step scores and exact values", values_section(details.get("values"))),
         ("Solutions", solutions_section(details.get("solutions") or [])),
+        ("Corrections", corrections_section(details.get("corrections") or [])),
         ("Training", curves_section(curves)),
         ("Cost by stage", costs_section(costs)),
         ("How it was made", provenance_section(manifest)),

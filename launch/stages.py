@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import options_claims as claims
+from . import options_corrections as corrections
 from . import options_data as data
 from . import options_eval as evaluation
 from . import options_preferences as preferences
@@ -64,6 +65,13 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.solution_pairs": (preferences.SolutionPairs, _stage(".making_preferences", "make_solution_pairs")),
     "data.step_pairs": (preferences.StepPairs, _stage(".making_preferences", "make_step_pairs")),
     "data.mcts_dpo": (preferences.MCTSDPOTrees, _stage(".making_preferences", "make_mcts_dpo")),
+    "data.critiques": (corrections.Critiques, _stage(".making_corrections", "make_critiques")),
+    "data.refinements": (corrections.Refinements, _stage(".making_corrections", "make_refinements")),
+    "data.filter_critiques": (corrections.FilterCritiques, _stage(".making_corrections", "make_filtered_critiques")),
+    "data.best_refinements": (corrections.BestRefinements, _stage(".making_corrections", "make_best_refinements")),
+    "data.rise": (corrections.Rise, _stage(".making_corrections", "make_rise")),
+    "data.flip_pairs": (corrections.FlipPairs, _stage(".making_corrections", "make_flip_pairs")),
+    "data.inline_corrections": (corrections.InlineCorrections, _stage(".making_corrections", "make_inline")),
     "data.join": (preferences.Join, _stage(".making_preferences", "join_rows")),
     "data.import": (data.Import, _stage(".making", "import_rows")),
     "data.prm800k": (data.ImportPRM800K, _stage(".making", "import_prm800k")),
@@ -81,6 +89,10 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "eval.policies": (evaluation.EvaluatePolicies, _stage(".evaluate_policies", "evaluate_policies")),
     "eval.best_of_n": (evaluation.EvaluateBestOfN, _stage(".evaluate_best_of_n", "evaluate_best_of_n")),
     "eval.behaviour": (evaluation.EvaluateBehaviour, _stage(".behaviour", "evaluate_behaviour")),
+    "eval.correction": (
+        corrections.EvaluateCorrections,
+        _stage(".evaluate_corrections", "evaluate_corrections"),
+    ),
     "eval.prm": (evaluation.EvaluatePRM, _stage(".evaluate_steps", "evaluate_prm")),
     "eval.processbench": (
         evaluation.EvaluateProcessBench,

@@ -165,6 +165,21 @@ class StepFormat:
         rendered = self._render(tokenizer, [("user", text)])
         return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
+    def encode_dialogue(self, tokenizer: Any, turns: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation of (role, content), up to where the assistant answers its last turn.
+
+        One turn is a prompt. More go through the tokenizer's chat template, as fine-tuning lays them out.
+        """
+        if len(turns) == 1:
+            return self.encode_prompt(tokenizer, turns[0][1])
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"a dialogue of {len(turns)} turns needs a chat template, and the tokenizer of {tokenizer.name_or_path} has none"
+            )
+        first = self.prompt_template.replace("{prompt}", turns[0][1])
+        rendered = self._render(tokenizer, [(turns[0][0], first), *turns[1:]])
+        return tuple(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
     def _render(self, tokenizer: Any, turns: Iterable[tuple[str, str]], *, open_turn: bool = True) -> str:
         """The conversation as text, after `system`; with `open_turn` up to where the assistant begins to speak."""
         if not getattr(tokenizer, "chat_template", None):

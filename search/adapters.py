@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..basics import fold_seed
 from ..models.advantage import effective_rewards
+from ..models.corrections import Wording, read_critique
 from ..models.engine import Engine, Request, Sample, Sampling, StopReason
 from ..models.reward import StepScorer, ValueScorer, aggregate
 from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
-from ..tasks.base import Problem
+from ..tasks.base import Problem, Task
 from .base import State
 
 # So many blank lines in a row are the end of a solution.
@@ -162,6 +163,78 @@ class RevisionPolicy(StepPolicy):
                 return State(root.key, root.prompt, ids, len(ids))
         self.left_out += len(earlier)
         return root
+
+
+class CorrectionPolicy(StepPolicy):
+    """A step policy whose attempts are criticised by a critic (another policy, or itself) and corrected.
+
+    `wording` says what both are asked. `critic` None is no critic: the policy is asked to try again. `problems` by id are for the
+    oracle, which asks the `task`. What does not fit into the context with room for a whole attempt is left out, the oldest first.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        step_format: StepFormat,
+        separator: str,
+        sampling: Sampling,
+        *,
+        wording: Wording,
+        task: Task,
+        problems: Mapping[str, Problem],
+        critic: StepPolicy | None = None,
+        shown: int = 1,
+    ) -> None:
+        super().__init__(engine, step_format, separator, sampling)
+        self.wording, self.critic, self.shown = wording, critic, shown
+        self.task, self.problems = task, problems
+        self.criticises = critic is not None
+        self.left_out = 0  # attempts that did not fit
+
+    def before_critique(self, root: State, attempt: State) -> State:
+        """The state before the first token of a critique."""
+        assert self.critic is not None
+        turns = self.wording.ask_critique(root.prompt, self._text(attempt))
+        ids = self.critic.step_format.encode_dialogue(self.critic.engine.tokenizer, turns)
+        return State(root.key, root.prompt, ids, len(ids))
+
+    def criticise(self, states: Sequence[State], seeds: Sequence[int]) -> list[State]:
+        """Critiques [B]."""
+        assert self.critic is not None
+        return self.critic.finish(states, seeds)
+
+    def critique_text(self, critique: State) -> str:
+        """What the critic wrote."""
+        assert self.critic is not None
+        ids = critique.ids[critique.prompt_length :]
+        return self.critic.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def says_wrong(self, critique: State) -> bool | None:
+        """What the critique says of its attempt."""
+        return read_critique(self.critique_text(critique)).wrong
+
+    def before_attempt(self, root: State, attempts: Sequence[State], critiques: Sequence[State | None]) -> State:
+        """The state before the first step of another attempt."""
+        texts = [self._text(attempt) for attempt in attempts]
+        said = [None if one is None else self.critique_text(one) for one in critiques]
+        room = int(getattr(self.engine, "context", 2**31)) - self.sampling.max_new_tokens
+        most = min(self.shown, len(texts)) if self.shown else len(texts)
+        for shown in range(most, 0, -1):
+            turns = self.wording.ask_attempt(root.prompt, texts, said, shown)
+            ids = self.step_format.encode_dialogue(self.engine.tokenizer, turns)
+            if len(ids) <= room:
+                self.left_out += most - shown
+                return State(root.key, root.prompt, ids, len(ids))
+        self.left_out += most
+        return root
+
+    def is_right(self, attempt: State) -> bool:
+        """Whether the task calls the attempt right."""
+        return self.task.verify(self.problems[attempt.key], self._text(attempt)).right
+
+    def _text(self, state: State) -> str:
+        ids = state.ids[state.prompt_length :]
+        return self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 class RewardScorer:

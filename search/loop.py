@@ -23,10 +23,10 @@ from typing import Any, Literal
 from ..basics import fold_seed
 from .base import Policy, Scorer, SearchResult, State, TreeNode
 
-Kind = Literal["score", "final", "expand", "greedy", "finish"]
+Kind = Literal["score", "final", "expand", "greedy", "criticise", "finish"]
 # Scores first: whoever waits for one will want to expand next, and then together with all others. Finishing comes last for the
 # same reason.
-_ORDER: tuple[Kind, ...] = ("score", "final", "expand", "greedy", "finish")
+_ORDER: tuple[Kind, ...] = ("score", "final", "expand", "greedy", "criticise", "finish")
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,17 @@ class Tree:
         *,
         to_the_end: bool = False,
         bases: Sequence[State] | None = None,
+        how: Kind | None = None,
     ) -> Generator[Ask, Any, list[list[Node]]]:
         """Children [len(plan)][len(seeds)] of the nodes: one step longer, or sampled to their end.
 
-        With `bases` they are sampled from these states in place of the nodes' own.
+        With `bases` they are sampled from these states in place of the nodes' own. `how` "criticise" asks the policy's critic.
         """
         states = [node.state for node, _ in plan] if bases is None else list(bases)
         if not states:
             return []
         self.rounds += 1
-        grown = yield Ask("finish" if to_the_end else "expand", states, [tuple(seeds) for _, seeds in plan])
+        grown = yield Ask(how or ("finish" if to_the_end else "expand"), states, [tuple(seeds) for _, seeds in plan])
         made = []
         for (node, _), state, children in zip(plan, states, grown, strict=True):
             row = [Node(child, node, state, len(self.nodes) + k, node.depth + 1) for k, child in enumerate(children)]
@@ -234,7 +235,8 @@ def _answer(kind: Kind, asks: Sequence[Ask], policy: Any, scorer: Any) -> Sequen
     if kind == "expand":
         return policy.expand(states, seeds)
     flat = [(state, seed) for state, row in zip(states, seeds, strict=True) for seed in row]
-    ends = iter(policy.finish([state for state, _ in flat], [seed for _, seed in flat]))
+    write = policy.criticise if kind == "criticise" else policy.finish
+    ends = iter(write([state for state, _ in flat], [seed for _, seed in flat]))
     return [[next(ends) for _ in row] for row in seeds]
 
 

@@ -82,6 +82,19 @@ class StepChecker(Protocol):
 
 
 @runtime_checkable
+class StepPlanter(Task, StepChecker, Protocol):
+    """A task that can also say what a step should have been, and plant an error into a right solution."""
+
+    def expected_step(self, problem: Problem, steps: Sequence[str]) -> str | None:
+        """The right next step after `steps`, from what they hold; None where there is none."""
+        ...
+
+    def planted(self, problem: Problem, index: int, error: str, seed: int) -> list[str]:
+        """The right solution with an error at step `index`, which is its first; what follows goes on from it."""
+        ...
+
+
+@runtime_checkable
 class HasReference(Protocol):
     """A task that knows a full right solution of its problems, for supervised fine-tuning."""
 

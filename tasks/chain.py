@@ -15,9 +15,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..basics import fold_seed
-from .base import Outcome, Problem, StepCheck, Verdict, split_on
+from .base import Outcome, Problem, StepCheck, Verdict, first_error, split_on
 
 OPERATIONS = ("+", "-", "*")
+# What can be planted into a right solution, in words that a reader, or a model that is to plant it, understands.
+ERRORS = {
+    "slip": "the line has the right operation and a wrong result",
+    "operand": "the line uses another number than the problem says",
+    "operator": "the line uses another operation than the problem says",
+    "copy": "the line begins with another value than the line before ended with",
+    "skip": "the operation is left out",
+    "answer": "the last line gives another value than the line before it",
+}
 _STEP = re.compile(r"(\d{1,6}) ?([-+*]) ?(\d{1,6}) ?= ?(\d{1,6})")
 _ANSWER = re.compile(r"Answer: ?(\d{1,6})(?!\d)")  # a longer number is not read by its first digits
 
@@ -181,6 +190,61 @@ class ChainArith:
             lines.append(f"{value} {operation} {operand} = {after}")
             value = after
         return [*lines, f"Answer: {value}"]
+
+    def expected_step(self, problem: Problem, steps: Sequence[str]) -> str | None:
+        """The right next line after `steps`, from the value that they hold; None behind the answer or an unreadable line."""
+        value, operations = self.parse(problem)
+        if len(steps) > len(operations):
+            return None
+        if steps:
+            written = self.written_result(steps[-1])
+            if written is None:
+                return None
+            value = written
+        if len(steps) == len(operations):
+            return f"Answer: {value}"
+        operation, operand = operations[len(steps)]
+        return f"{value} {operation} {operand} = {apply(value, operation, operand, self.p)}"
+
+    def planted(self, problem: Problem, index: int, error: str, seed: int) -> list[str]:
+        """The right solution with one of `ERRORS` planted at a step; what follows goes on from it without further errors.
+
+        The first error is that step. Where the error cannot be told from a right line (an operation that is skipped before an
+        equal one), and of "answer" before the last line, it is a slip.
+        """
+        value, operations = self.parse(problem)
+        if not 0 <= index <= len(operations):
+            raise ValueError(f"index must lie between 0 and {len(operations)}, found {index}")
+        for kind in (error, "slip"):
+            lines = self._planted(value, list(operations), index, kind, random.Random(fold_seed(seed, "plant", kind)))
+            if first_error(self.check_steps(problem, lines)) == index:
+                return lines
+        raise ValueError(f"no error can be planted at step {index} of {problem.prompt!r}")
+
+    def _planted(
+        self, value: int, operations: list[tuple[str, int]], index: int, error: str, rng: random.Random
+    ) -> list[str]:
+        other = lambda number: (number + rng.randrange(1, self.p)) % self.p
+        if error == "skip" and index < len(operations):
+            del operations[index]
+        lines = []
+        for position, (operation, operand) in enumerate(operations):
+            here = error if position == index else ""
+            if here == "operand":
+                operand = rng.choice(
+                    [n for n in (self.units if operation == "*" else range(1, self.p)) if n != operand] or [operand]
+                )
+            elif here == "operator":
+                operation = rng.choice([o for o in OPERATIONS if o != operation])
+            elif here == "copy":
+                value = other(value)
+            after = apply(value, operation, operand, self.p)
+            if here in ("slip", "answer"):
+                after = other(after)
+            lines.append(f"{value} {operation} {operand} = {after}")
+            value = after
+        last = index == len(operations) and error != "skip"
+        return [*lines, f"Answer: {other(value) if last else value}"]
 
     def written_result(self, step: str) -> int | None:
         """The result that a line `z op a = z'` writes; None for a line of another form or a number that is no residue."""

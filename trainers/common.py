@@ -441,7 +441,6 @@ def fit(
 
 
 def _track_config(trainer: StepladderTrainer, step_format: StepFormat) -> None:
-    import dataclasses
 
     class Config(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):

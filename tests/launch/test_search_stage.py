@@ -37,6 +37,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tot_bfs": {"beams": 2, "width": 2},
     "tot_dfs": {"width": 2, "threshold": 0.1, "expansions": 5},
     "revisions": {"n": 4, "chains": 2},
+    "corrections": {"n": 2, "turns": 3},
 }
 
 
@@ -64,7 +65,10 @@ def searched(out: Path, prm: str, strategy: str, *more: str, settings: Any = Non
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_writes_rows_and_what_it_searched(tmp_path, prm, strategy, capsys):
     template = ("--revision_template", '"{attempts}{prompt}"', "--attempt_template", json.dumps("{attempt} \n"))
-    out = searched(tmp_path / "out", prm, strategy, "--trees", "2", *(template if strategy == "revisions" else ()))
+    # One turn each, so that the shipped policy, which has no chat template, can be asked.
+    criticised = ("--critic", "self", "--wording", "reflexion", "--critic_max_new_tokens", "9")
+    own = {"revisions": template, "corrections": criticised}.get(strategy, ())
+    out = searched(tmp_path / "out", prm, strategy, "--trees", "2", *own)
     rows = read_rows(out, Solution)
     records = list(read_searches(out))
     assert [r["problem_id"] for r in records] == list(dict.fromkeys(row.problem_id for row in rows))
@@ -78,9 +82,10 @@ def test_every_strategy_writes_rows_and_what_it_searched(tmp_path, prm, strategy
         if record["nodes"]:
             for final, row in zip(record["finals"], mine, strict=True):
                 node, steps = final["node"], []
-                while node > 0 and (strategy != "revisions" or not steps):
+                alone = strategy in ("revisions", "corrections")  # the parent of an attempt is what came before it
+                while node > 0:
                     steps[:0] = record["nodes"][node]["steps"]
-                    node = record["nodes"][node]["parent"]
+                    node = 0 if alone else record["nodes"][node]["parent"]
                 assert tuple(steps) == row.steps
     about = read_about(out)
     assert about["ledger"]["generated_tokens"] >= sum(record["tokens"] for record in records) > 0
@@ -90,7 +95,7 @@ def test_every_strategy_writes_rows_and_what_it_searched(tmp_path, prm, strategy
     assert all(row.step_ends and row.step_ends[-1] <= len(row.token_ids) for row in rows if row.steps)
     # The same command again does nothing.
     before = (out / "rows.parquet").read_bytes()
-    searched(out, prm, strategy, "--trees", "2", *(template if strategy == "revisions" else ()))
+    searched(out, prm, strategy, "--trees", "2", *own)
     assert (out / "rows.parquet").read_bytes() == before
 
 
