@@ -20,7 +20,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -331,7 +331,7 @@ class Handler(BaseHTTPRequestHandler):
     # --- answering
 
     @contextlib.contextmanager
-    def _answering(self) -> Any:
+    def _answering(self) -> Iterator[None]:
         """Counts the request as busy, and sends what it is refused with."""
         with self.server.lock:
             self.server.busy += 1
