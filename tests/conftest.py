@@ -169,6 +169,8 @@ for line in sys.stdin:
     job = json.loads(line)
     child = os.fork()
     if not child:
+        if job["watched"]:
+            os.nice(10)  # whoever is to kill it must get to see the moment
         os.chdir(job["folder"])
         os.environ.update(job["environment"])
         for number, path in ((1, job["out"]), (2, job["err"])):
@@ -224,6 +226,7 @@ class Starter:
         job = {
             "arguments": [module, *map(str, arguments)],
             "folder": str(folder),
+            "watched": kill is not None,
             "environment": environment or {},
             "out": str(out),
             "err": str(err),

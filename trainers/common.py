@@ -43,7 +43,8 @@ class StepladderArguments(TrainingArguments):
     dtype: str = option("float32", "precision of the weights: float32, bfloat16, float16 or auto")
     max_rows: int = option(0, "use at most this many rows, drawn with the seed; 0 for all")
     like_lengths: bool = option(
-        True, "put sequences of like lengths in one batch, so that padding is not what is trained"
+        True,
+        "put sequences of like lengths in one batch, so that padding is not what is trained; false where lengths are few",
     )
 
     output_dir: str = option("", "the folder that the checkpoint is written to")

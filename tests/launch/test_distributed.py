@@ -521,7 +521,7 @@ def _batch(ground: Path, rows: tuple[int, ...]) -> dict[str, torch.Tensor]:
     return collate([examples[i] for i in rows], 0)
 
 
-SHARES = (0, 1, 2), (3, 4, 5, 6)
+SHARES = (0, 1), (2, 3, 4, 5, 6)
 
 
 def _sharded_process(ground: Path, scorer: Path, out: Path) -> None:

@@ -51,7 +51,8 @@ def solved(capsys: Any, *arguments: str) -> Any:
     return json.loads(out) if "--json" in arguments else out
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+# Corrections need a critic and a refiner, which tests/launch/test_corrections.py makes.
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "corrections"])
 def test_every_strategy_solves_a_problem(capsys, prm, strategy):
     settings = SMALL.get(strategy, {STRATEGIES[strategy][1]: 3})
     template = ["--revision_template", '"{attempts}{prompt}"', "--attempt_template", json.dumps("{attempt} \n")]
@@ -257,7 +258,7 @@ def test_standard_input_and_unguided_strategies(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(PROBLEM + "\n"))
     main(["solve", "-", "--policy", "lab", "--device", "cpu", "--settings.n", "2"])
     assert capsys.readouterr().out.startswith("answer: ")
-    assert set(UNGUIDED) == {"best_of_n", "revisions"}
+    assert set(UNGUIDED) == {"best_of_n", "revisions", "corrections"}
 
 
 # --- the page ------------------------------------------------------------------------------------------------------------
