@@ -69,7 +69,7 @@ def chains_of_search(
 
     With `criticised` every other level of a tree is a critique.
     """
-    chains = []
+    chains: list[Chain] = []
     for record in records:
         if record["nodes"] is None:
             raise UserError(
@@ -77,8 +77,8 @@ def chains_of_search(
             )
         problem = problems[record["problem_id"]]
         children: dict[int, list[int]] = {}
-        for index, node in enumerate(record["nodes"]):
-            children.setdefault(node["parent"], []).append(index)
+        for place, node in enumerate(record["nodes"]):
+            children.setdefault(node["parent"], []).append(place)
         for number, begin in enumerate(children.get(0, [])):
             attempts: list[Attempt] = []
             said: list[Said | None] = []

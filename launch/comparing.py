@@ -204,8 +204,8 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     }
     write_json(make_folder(out) / DETAILS, {"search": details})
     write_json(out / VALUES, values)
-    largest = {name: config.budgets_of(arm)[-1] for name, arm in config.arms.items()}
-    trees = {f"{name}@{budget}": read_searches(_folder(out, name, budget)) for name, budget in largest.items()}
+    most = {name: config.budgets_of(arm)[-1] for name, arm in config.arms.items()}
+    trees = {f"{name}@{budget}": read_searches(_folder(out, name, budget)) for name, budget in most.items()}
     write_comparison(out, records + by_level, details, f"Search on {task.name}", trees)
     write_json(out / RESULTS, records + by_level)
     print(format_table([r for r in records if r["metric"] == "accuracy"]))

@@ -196,7 +196,7 @@ def _inline(
     if not isinstance(task, StepChecker):
         raise UserError(f"task {task.name} cannot check steps: reflections cannot be judged")
     groups: dict[str, list[int]] = {}
-    found = []
+    found: list[Any] = []
     for row in read_rows(source, Solution):
         groups.setdefault(row.problem_id, []).append(len(found))
         problem = Problem(row.problem_id, row.prompt, row.gold)

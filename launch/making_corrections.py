@@ -81,7 +81,7 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
                 )  # fmt: skip
                 drafts += found
                 dropped.update(lost)
-        if exact:
+        if exact and isinstance(task, StepPlanter):
             result = critiques_.exact_critiques(
                 task, drafts, wording, seed=config.seed, corrupt=config.corrupt, stop_at_error=config.stop_at_error,
                 reason_first=config.reason_first, strip=config.strip,

@@ -75,16 +75,20 @@ def corrections(
             if policy.criticises:
                 plan = [(chains[c][-1], tree.seeds(1, "critique", turn, start=c)) for c in going]
                 bases = [policy.before_critique(root, chains[c][-1].state) for c in going]
-                for c, [node] in zip(going, (yield from tree.grow(plan, bases=bases, how="criticise")), strict=True):
-                    said[c].append(node)
+                for c, [critique] in zip(
+                    going, (yield from tree.grow(plan, bases=bases, how="criticise")), strict=True
+                ):
+                    said[c].append(critique)
             else:
                 for c in going:
                     said[c].append(None)
             if gate == "wrong":
-                going = [c for c in going if (node := said[c][-1]) and policy.says_wrong(node.state) is True]
+                going = [c for c in going if (found := said[c][-1]) and policy.says_wrong(found.state) is True]
             plan = [(said[c][-1] or chains[c][-1], tree.seeds(1, "attempt", turn, start=c)) for c in going]
             bases = [
-                policy.before_attempt(root, [a.state for a in chains[c]], [s and s.state for s in said[c]])
+                policy.before_attempt(
+                    root, [a.state for a in chains[c]], [None if s is None else s.state for s in said[c]]
+                )
                 for c in going
             ]
             for c, [node] in zip(going, (yield from tree.grow(plan, to_the_end=True, bases=bases)), strict=True):

@@ -305,7 +305,12 @@ def test_prompts_are_measured_and_connections_counted(solver, monkeypatch):
         monkeypatch.setattr(server, "places", threading.BoundedSemaphore(1))
         with socket.create_connection(server.server_address[:2]):
             until(lambda: server.places._value == 0)
-            assert post(server)[1]["error"]["code"] == "too_many_connections"
+            # It is refused before it is read: a client that is still writing would find a closed door.
+            with socket.create_connection(server.server_address[:2]) as refused:
+                refused.settimeout(20)
+                told = b"".join(iter(lambda: refused.recv(4096), b"")).decode()
+            assert told.startswith("HTTP/1.1 429 ")
+            assert json.loads(told.rpartition("\r\n")[2])["error"]["code"] == "too_many_connections"
     with serving(solver) as server:
         long = " ; ".join(["Start 3"] + ["+ 5"] * 300)
         status, told, _ = post(server, {**ASKED, "messages": [{"role": "user", "content": long}]})
