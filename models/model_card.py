@@ -174,7 +174,7 @@ from pathlib import Path
 from safetensors import safe_open
 from transformers import AutoModel
 
-model = AutoModel.from_pretrained(folder, dtype="float32").eval()
+model = AutoModel.from_pretrained(folder, dtype="float32")
 head = {{}}
 for file in Path(folder).glob("*.safetensors"):
     with safe_open(file, "pt") as opened:
@@ -204,7 +204,7 @@ scores = (values.squeeze(-1){offset}).sigmoid().tolist()
     load = f"""
 from transformers import AutoModelFor{auto}
 
-model = AutoModelFor{auto}.from_pretrained(folder, dtype="float32").eval()
+model = AutoModelFor{auto}.from_pretrained(folder, dtype="float32")
 """
     if step_format.head == "sequence":
         samples = "" if several else "samples = [ids[: end + 1] for end in ends]\n"

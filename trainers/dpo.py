@@ -209,7 +209,7 @@ class Reference(TrainerCallback):
         plain = trainer.accelerator.unwrap_model(trainer.model)
         off = plain.disable_adapter() if hasattr(plain, "disable_adapter") else contextlib.nullcontext()
         was_training = model.training
-        model.eval()
+        model.train(False)
         found: dict[int, list[float]] = {}
         with torch.no_grad(), off:
             for indices in mine:

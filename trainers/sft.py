@@ -244,7 +244,7 @@ class PackingIsRight(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         model, alone = self.trainer.model_wrapped, []
         was_training = model.training
-        model.eval()
+        model.train(False)
         run = lambda items: {n: v.to(args.device) for n, v in collate(items, self.pad_id).items()}
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             for item in self.items:
