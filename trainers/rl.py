@@ -1,8 +1,9 @@
 """Policy gradients on a task's verifier: PPO with a critic (ReFT), RLOO and GRPO, with dense process rewards.
 
 One pass of the trainer is one rollout and its updates, on one page: `PolicyTrainer.collect` samples, scores, computes advantages
-and cuts micro-batches; `PolicyTrainer.loss_sum` is the loss. The arithmetic is in rl_math.py, what a response earns in
-rewards.py, the models in actor_critic.py. Everything that a kill, several processes or LoRA ask for is the Trainer's.
+and cuts micro-batches; `PolicyTrainer.loss_sum` is the loss. The arithmetic is in rl_math.py, its tensors in rl_batches.py, what a
+response earns in rewards.py and step_judges.py, the models in actor_critic.py. Everything that a kill, several processes or LoRA
+ask for is the Trainer's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import torch
 from ..basics import UserError, fold_seed, make_folder, write_atomic
 from ..models.engine import Request, Sampling, StopReason
 from ..models.loading import load_model, load_policy_format, load_tokenizer
-from ..models.reward import RewardModel
 from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
 from ..tasks.base import Problem, StepChecker, Task
@@ -38,118 +38,10 @@ from .common import (
     start_model,
 )
 from .rl_arguments import RLArguments
+from .rl_batches import add_advantages, cut, layout, micro_batches, problems_of
+from .step_judges import StepJudge, step_judge
 
-CHECKERS = ("checker", "facts")  # stand-ins for a reward model, where a task can check steps itself
 SAMPLES = "samples.jsonl"  # some responses of every rollout, to read
-
-
-# --- pure parts --------------------------------------------------------------------------------------------------------
-
-
-def problems_of(rollout: int, count: int, of: int, seed: int) -> list[int]:
-    """Indices of the `count` problems of a rollout: an endless stream of shuffled passes over `of` problems, cut in pieces."""
-    found, orders = [], {}
-    for place in range(rollout * count, (rollout + 1) * count):
-        turn, index = divmod(place, of)
-        if turn not in orders:
-            generator = torch.Generator().manual_seed(fold_seed(seed, "problems", turn) % 2**62)
-            orders[turn] = torch.randperm(of, generator=generator).tolist()
-        found.append(orders[turn][index])
-    return found
-
-
-def layout(
-    rollouts: Sequence[earned.Rollout], rewards: Sequence[earned.Reward], pad_id: int
-) -> dict[str, torch.Tensor]:
-    """Tensors of responses, one row each, padded on the right: ids and attention mask [N, S]; mask, engine_logp, outcome,
-    step_rewards and own [N, S-1] in action coordinates; and `width`, the columns of each row that hold something."""
-    widths = [len(r.prompt_ids) + len(r.ids) for r in rollouts]
-    n, s = len(rollouts), max(widths)
-    ids = torch.full((n, s), pad_id)
-    batch = {name: torch.zeros(n, s - 1) for name in ("engine_logp", "outcome", "step_rewards", "own")}
-    mask = torch.zeros(n, s - 1, dtype=torch.bool)
-    for row, (rollout, reward) in enumerate(zip(rollouts, rewards, strict=True)):
-        # The first response token is scored from the last prompt token: action coordinates lie one to the left.
-        begin, length = len(rollout.prompt_ids) - 1, len(rollout.ids)
-        ids[row, : widths[row]] = torch.tensor(rollout.prompt_ids + rollout.ids)
-        here = slice(begin, begin + length)
-        mask[row, here] = True
-        batch["engine_logp"][row, here] = torch.tensor(rollout.logprobs)
-        steps, own = earned.on_tokens(earned.Reward(0.0, reward.steps, reward.own), rollout.step_ends, length)
-        batch["step_rewards"][row, here] = torch.tensor(steps)
-        batch["own"][row, here] = torch.tensor(own)
-        batch["outcome"][row, begin + length - 1] = reward.outcome
-    attention = (torch.arange(s) < torch.tensor(widths)[:, None]).long()
-    kept = torch.tensor([not r.truncated for r in rollouts])
-    return {
-        "input_ids": ids, "attention_mask": attention, "mask": mask, "width": torch.tensor(widths), "finished": kept, **batch,
-    }  # fmt: skip
-
-
-def add_advantages(batch: dict[str, torch.Tensor], args: Any, total: Any = lambda x: x) -> None:
-    """Adds `advantages` and, with a critic, `returns` [N, T] to a batch of whole groups.
-
-    ppo: GAE over outcome, step rewards and KL. rloo, grpo: the group's baseline for the response's outcome (and KL), and a baseline
-    per token for step rewards, each source for itself. Own rewards are added last: they reach no other step.
-    """
-    mask = batch["mask"]
-    outcome = batch["outcome"]
-    if "ref_logp" in batch and args.kl_in_ == "reward":
-        kl = rl_math.kl_estimate(batch["old_logp"], batch["ref_logp"], args.kl_estimator_)
-        outcome = outcome - args.kl_coefficient * torch.where(mask, kl, 0.0)
-    if args.algorithm == "ppo":
-        advantages, batch["returns"] = rl_math.gae(
-            outcome + batch["step_rewards"], batch["values"], mask, args.gamma, args.lam
-        )
-    else:
-        whole = outcome.sum(1)
-        if args.algorithm == "rloo":
-            whole = rl_math.leave_one_out(whole, args.samples)
-        else:
-            whole = rl_math.group_relative(whole, args.samples, args.scale_by_std)
-        advantages = torch.where(mask, whole[:, None], 0.0)
-        if batch["step_rewards"].any():
-            advantages = advantages + rl_math.process_leave_one_out(batch["step_rewards"], mask, args.samples)
-    advantages = advantages + batch["own"]
-    if args.whiten if args.whiten is not None else args.algorithm == "ppo":
-        advantages = rl_math.whiten(advantages, mask, total)
-    batch["advantages"] = advantages
-
-
-class CheckedSteps:
-    """Scores of a task's own checker in place of a reward model: 1 for a right step, 0 for a wrong one, and 1 for the prompt.
-
-    `facts` asks only whether a line holds, not whether the problem asked for it: a judge that padding deceives. A share
-    `false_positives` of the wrong steps, always the same ones, counts as right.
-    """
-
-    def __init__(self, task: Task, kind: str, false_positives: float, seed: int) -> None:
-        if not isinstance(task, StepChecker) or (kind == "facts" and not hasattr(task, "holds")):
-            raise UserError(f"process_reward: {kind}: task {task.name} cannot check steps")
-        self.task, self.kind, self.false_positives, self.seed = task, kind, false_positives, seed
-
-    def score(self, rollouts: Sequence[earned.Rollout]) -> list[list[float]]:
-        return [[1.0, *self._steps(one)] for one in rollouts]
-
-    def _steps(self, one: earned.Rollout) -> Iterator[float]:
-        task: Any = self.task
-        if self.kind == "facts":
-            right = [task.holds(step) for step in one.steps]
-        else:
-            right = [check.local_ok and check.on_track for check in task.check_steps(one.problem, one.steps)]
-        for step, good in zip(one.steps, right, strict=True):
-            lucky = fold_seed(self.seed, "false positive", one.problem.id, step) / 2**63 < self.false_positives
-            yield float(good or lucky)
-
-
-class ScoredSteps:
-    """Scores of a reward model. It reads text, so that its tokenizer may be another than the policy's."""
-
-    def __init__(self, model: RewardModel) -> None:
-        self.model = model
-
-    def score(self, rollouts: Sequence[earned.Rollout]) -> list[list[float]]:
-        return self.model.score_with_root([(one.problem.prompt, one.steps) for one in rollouts])
 
 
 # --- the trainer -------------------------------------------------------------------------------------------------------
@@ -184,7 +76,7 @@ class PolicyTrainer(StepladderTrainer):
 
     def __init__(
         self, *, task: Task, problems: Sequence[Problem], held_out: Sequence[Problem], tokenizer: Any,
-        step_format: StepFormat, scorer: Any, transforms: Sequence[earned.RewardTransform], **kwargs: Any,
+        step_format: StepFormat, scorer: StepJudge | None, transforms: Sequence[earned.RewardTransform], **kwargs: Any,
     ) -> None:  # fmt: skip
         self.task, self.problems, self.held_out, self.scorer = task, problems, held_out, scorer
         self.tokenizer, self.step_format, self.transforms = tokenizer, step_format, transforms
@@ -514,28 +406,6 @@ class PolicyTrainer(StepladderTrainer):
                 part.load_state_dict(load_model(plain_class(part), str(place), dtype=self.args.dtype).state_dict())
 
 
-def micro_batches(widths: Sequence[int], args: Any) -> list[list[list[int]]]:
-    """Rows [mini-batch][micro-batch][row]: consecutive shares of the responses, within each like lengths together."""
-    found = []
-    for start in range(0, len(widths), args.share):
-        rows = list(range(start, start + args.share))
-        if args.like_lengths:
-            rows.sort(key=lambda row: (widths[row], row))
-        size = args.per_device_train_batch_size
-        found.append([rows[i : i + size] for i in range(0, len(rows), size)])
-    return found
-
-
-def cut(batch: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Some rows of a batch without the columns that are padding in all of them."""
-    width = int(batch["width"][rows].max())
-    made = {}
-    for name, value in batch.items():
-        if value.dim() == 2:
-            made[name] = value[rows, : width if name in ("input_ids", "attention_mask") else width - 1]
-    return made
-
-
 # --- the stage ---------------------------------------------------------------------------------------------------------
 
 
@@ -581,7 +451,14 @@ def train(args: RLArguments, transforms: Sequence[earned.RewardTransform] = ()) 
         held_out=held_out,
         tokenizer=tokenizer,
         step_format=step_format,
-        scorer=_scorer(args, task),
+        scorer=step_judge(
+            args.process_reward,
+            task,
+            dtype=args.process_dtype,
+            device=str(args.device),
+            false_positives=args.false_positives,
+            seed=args.seed,
+        ),
         transforms=[*_transforms(args), *transforms],
         callbacks=[MetricsFile(args.output_dir)],
     )
@@ -615,14 +492,6 @@ def _problems(
             f"- max_new_tokens = {room} tokens"
         )
     return kept
-
-
-def _scorer(args: RLArguments, task: Task) -> Any:
-    if not args.process_reward:
-        return None
-    if args.process_reward in CHECKERS:
-        return CheckedSteps(task, args.process_reward, args.false_positives, args.seed)
-    return ScoredSteps(RewardModel.load(args.process_reward, dtype=args.process_dtype, device=str(args.device)))
 
 
 def _transforms(args: RLArguments) -> list[earned.RewardTransform]:

@@ -24,7 +24,7 @@ from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
 from stepladder.tasks.base import Outcome, Problem, Verdict
 from stepladder.tasks.load import load_task
-from stepladder.trainers import rl, rl_math
+from stepladder.trainers import rl, rl_batches, rl_math, step_judges
 from stepladder.trainers.actor_critic import ActorCritic
 from stepladder.trainers.rewards import Reward, Rollout
 
@@ -72,7 +72,7 @@ ROLLOUTS = [a_rollout((3, 4, 5), (6, 7, 8, 2), (2, 3)), a_rollout((3,), (9, 2), 
 
 
 def test_actions_lie_one_to_the_left_of_their_tokens() -> None:
-    batch = rl.layout(ROLLOUTS, [Reward(1.0, (0.5, 0.25)), Reward(0.1, (), (0.7,))], pad_id=0)
+    batch = rl_batches.layout(ROLLOUTS, [Reward(1.0, (0.5, 0.25)), Reward(0.1, (), (0.7,))], pad_id=0)
     assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7, 8, 2], [3, 9, 2, 0, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
     assert batch["input_ids"][:, 1:][batch["mask"]].tolist() == [6, 7, 8, 2, 9, 2]  # the end of the sequence counts
@@ -82,7 +82,7 @@ def test_actions_lie_one_to_the_left_of_their_tokens() -> None:
     assert batch["step_rewards"].tolist()[0] == pytest.approx([0, 0, 0, 0.5, 0.25, 0])
     assert batch["own"].tolist()[1] == pytest.approx([0.7, 0.7, 0, 0, 0, 0])
     assert batch["finished"].tolist() == [True, False]
-    short = rl.cut(batch, [1])
+    short = rl_batches.cut(batch, [1])
     assert short["input_ids"].tolist() == [[3, 9, 2]]
     assert short["mask"].tolist() == [[True, True]]
 
@@ -105,17 +105,17 @@ def test_a_value_is_of_the_state_before_its_action(tiny_policy: Any, tiny_scorer
 
 
 def test_problems_come_in_shuffled_passes_without_end() -> None:
-    seen = [index for k in range(7) for index in rl.problems_of(k, 4, 7, seed=3)]
+    seen = [index for k in range(7) for index in rl_batches.problems_of(k, 4, 7, seed=3)]
     for turn in range(4):
         assert sorted(seen[7 * turn : 7 * turn + 7]) == list(range(7))
     assert seen[:7] != seen[7:14]
-    assert rl.problems_of(2, 4, 7, seed=3) == seen[8:12]
-    assert rl.problems_of(0, 4, 7, seed=4) != seen[:4]
+    assert rl_batches.problems_of(2, 4, 7, seed=3) == seen[8:12]
+    assert rl_batches.problems_of(0, 4, 7, seed=4) != seen[:4]
 
 
 def an_advantage(algorithm: str, rewards: list[Reward], **over: Any) -> dict[str, torch.Tensor]:
     rollouts = [a_rollout((3, 4), (6, 7, 8, 2), (2, 3)), a_rollout((3, 4), (9, 9, 2), (2,))]
-    batch = rl.layout(rollouts, rewards, pad_id=0)
+    batch = rl_batches.layout(rollouts, rewards, pad_id=0)
     batch["values"] = torch.zeros_like(batch["outcome"])
     batch["old_logp"] = torch.where(batch["mask"], -1.0, 0.0)
     batch["ref_logp"] = torch.where(batch["mask"], -1.5, 0.0)
@@ -123,7 +123,7 @@ def an_advantage(algorithm: str, rewards: list[Reward], **over: Any) -> dict[str
         "algorithm": algorithm, "kl_in_": "reward", "kl_estimator_": "k1", "kl_coefficient": 0.0, "gamma": 1.0, "lam": 1.0,
         "samples": 2, "scale_by_std": True, "whiten": False,
     }  # fmt: skip
-    rl.add_advantages(batch, SimpleNamespace(**{**known, **over}))
+    rl_batches.add_advantages(batch, SimpleNamespace(**{**known, **over}))
     return batch
 
 
@@ -341,13 +341,13 @@ def test_a_reward_model_with_another_tokenizer_scores_text(
         False,
         Verdict("2", Outcome.RIGHT),
     )
-    [scores] = rl.ScoredSteps(model).score([one])
+    [scores] = step_judges.ScoredSteps(model).score([one])
     assert scores == pytest.approx(model.score_with_root([("Start 3 ; + 5 ; * 2", words)])[0])
     values = {"model": "m", "output_dir": "o", "samples": 1, "prompts": 8, "use_cpu": True}
     args = build(rl.RLArguments, {**values, "process_reward": "m", "process_form": "difference"})
-    stub = SimpleNamespace(args=args, scorer=rl.ScoredSteps(model), transforms=[])
+    stub = SimpleNamespace(args=args, scorer=step_judges.ScoredSteps(model), transforms=[])
     [reward] = rl.PolicyTrainer.reward(stub, [one])  # type: ignore[arg-type]
-    batch = rl.layout([one], [reward], 0)
+    batch = rl_batches.layout([one], [reward], 0)
     at = batch["step_rewards"][0].nonzero().squeeze(-1).tolist()
     newlines = [i for i, token in enumerate(ids) if lab_words.decode([token]) == "\n"]
     assert at == [*newlines, len(ids) - 2]  # the answer has no line break behind it: its last token before the end
@@ -361,14 +361,16 @@ def test_checkers_in_place_of_a_reward_model() -> None:
     problem = Problem("p", "Start 3 ; + 5 ; * 2 \n", "2")
     steps = ("3 + 5 = 1", "1 * 2 = 3", "1 * 2 = 2", "1 * 2 = 2")
     one = dataclasses.replace(ROLLOUTS[0], problem=problem, steps=steps)
-    assert rl.CheckedSteps(task, "checker", 0.0, 0).score([one]) == [[1.0, 1.0, 0.0, 0.0, 0.0]]
-    assert rl.CheckedSteps(task, "facts", 0.0, 0).score([one]) == [[1.0, 1.0, 0.0, 1.0, 1.0]]  # padding deceives it
-    assert rl.CheckedSteps(task, "checker", 1.0, 0).score([one]) == [[1.0] * 5]
+    assert step_judges.CheckedSteps(task, "checker", 0.0, 0).score([one]) == [[1.0, 1.0, 0.0, 0.0, 0.0]]
+    assert step_judges.CheckedSteps(task, "facts", 0.0, 0).score([one]) == [
+        [1.0, 1.0, 0.0, 1.0, 1.0]
+    ]  # padding deceives it
+    assert step_judges.CheckedSteps(task, "checker", 1.0, 0).score([one]) == [[1.0] * 5]
     many = [
         dataclasses.replace(one, problem=Problem(f"p{i}", problem.prompt, "2"), steps=("3 + 5 = 2",))
         for i in range(400)
     ]
-    noisy = rl.CheckedSteps(task, "checker", 0.1, 0)
+    noisy = step_judges.CheckedSteps(task, "checker", 0.1, 0)
     share = sum(scores[1] for scores in noisy.score(many)) / 400
     assert 0.05 < share < 0.16
     assert noisy.score(many) == noisy.score(many)
