@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from ..basics import fold_seed
 from ..models.engine import Engine, Sampling
 from ..models.step_format import StepFormat
-from ..tasks.base import Problem, StepChecker, Task, first_error
-from .growing import Ask, Cut, Growth, Roller, Rollout, grow
-from .rows import StepLabels
+from ..tasks.base import Problem, Task
+from .growing import Ask, Cut, Growth, Roller, Rollout, counted_row, grown_rows
+from .rows import Source, StepLabels
 from .store import UnitResult
+from .tree_rows import UNFINISHED
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Kept:
     steps: tuple[str, ...]
     ends: tuple[int, ...]
     ids: tuple[int, ...]
-    outcome: str  # of the solution if it is whole, else "unfinished"
+    outcome: str  # of the solution if it is whole, else UNFINISHED
 
 
 @dataclass
@@ -76,12 +77,13 @@ def explore_question(cut: Cut, options: Options, seed: int) -> Growth[Found]:
     numbers = range(options.seeds + options.probes, options.seeds + options.probes + options.rollouts)
     wanted: dict[tuple[str, ...], Ask] = {}
     for kept in found.kept:
-        last = len(kept.steps) if kept.outcome == "unfinished" else len(kept.steps) - 1
+        last = len(kept.steps) if kept.outcome == UNFINISHED else len(kept.steps) - 1
         for depth in range(last + 1):
             prefix = kept.ids[: kept.ends[depth - 1]] if depth else ()
             wanted.setdefault(kept.steps[:depth], Ask(prefix, numbers))
     for steps, rollouts in zip(wanted, (yield list(wanted.values())), strict=True):
         found.values[steps] = (sum(r.right for r in rollouts), len(rollouts))
+    found.counts["prefixes valued"] = len(found.values)
     return found
 
 
@@ -137,9 +139,7 @@ def _pits(found: Found, seeds: Sequence[Rollout], cut: Cut, options: Options, se
                 depth += 1
             whole = depth + 1 == len(steps)
             if whole or steps[: depth + 1] in shares:
-                pit = Kept(
-                    steps[: depth + 1], ends[: depth + 1], rollout.ids, rollout.outcome if whole else "unfinished"
-                )
+                pit = Kept(steps[: depth + 1], ends[: depth + 1], rollout.ids, rollout.outcome if whole else UNFINISHED)
                 ordered.setdefault(pit.steps, pit)
                 continue
             asks.setdefault(steps[: depth + 1], Ask(rollout.ids[: ends[depth]], probes))
@@ -164,38 +164,16 @@ def valued_prefixes(
     policy: str,
 ) -> UnitResult[StepLabels]:
     """StepLabels rows of every kept solution or beginning of one, the empty prefix included."""
-    before = engine.ledger.copy()
     roller = Roller(engine, task, step_format, sampling, seed)
-    result: UnitResult[StepLabels] = UnitResult([])
     growths = [explore_question(roller.cut, options, fold_seed(seed, problem.id, "first pit")) for problem in problems]
-    for problem, found in zip(problems, grow(roller, problems, growths), strict=True):
-        result.counts.update(found.counts)
-        if found.dropped:
-            result.dropped[found.dropped] += 1
-            continue
-        result.counts["prefixes valued"] += len(found.values)
+
+    def rows_of(problem: Problem, found: Found, source: Source) -> list[StepLabels]:
+        rows = []
         for number, kept in enumerate(found.kept):
             counts = [found.values.get(kept.steps[:t], (0, 0)) for t in range(len(kept.steps) + 1)]
-            if kept.outcome != "unfinished":
+            if kept.outcome != UNFINISHED:
                 counts[-1] = (int(kept.outcome == "right"), 1)
-            checks = task.check_steps(problem, kept.steps) if isinstance(task, StepChecker) else None
-            result.rows.append(
-                StepLabels(
-                    problem_id=problem.id,
-                    prompt=problem.prompt,
-                    gold=problem.answer,
-                    sample=number,
-                    steps=kept.steps,
-                    n_correct=tuple(c for c, _ in counts),
-                    n_rollouts=tuple(n for _, n in counts),
-                    label_source="monte_carlo",
-                    outcome=kept.outcome,
-                    first_error=first_error(checks) if checks is not None else None,
-                    first_error_known=checks is not None,
-                    source=roller.source(policy),
-                )
-            )
-    result.ledger = engine.ledger - before
-    result.counts["policy calls"] = result.ledger.policy_calls
-    result.dropped.update(+roller.counts)
-    return result
+            rows.append(counted_row(task, problem, number, kept.steps, counts, kept.outcome, source))
+        return rows
+
+    return grown_rows(roller, problems, growths, rows_of, policy)

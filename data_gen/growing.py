@@ -7,19 +7,21 @@ engine, the task or the other trees, so that what it grows depends on its own pr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..basics import fingerprint, fold_seed
 from ..models.engine import Engine, Request, Sampling, StopReason
+from ..models.ledger import Ledger
 from ..models.reward import RewardModel
 from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
 from ..search.adapters import StepPolicy
 from ..search.base import State
-from ..tasks.base import Problem, Task
-from .rows import Node, Source, Tree
+from ..tasks.base import Problem, StepChecker, Task, first_error
+from .rows import Node, Source, StepLabels, Tree
+from .store import UnitResult
 from .tree_rows import UNFINISHED
 
 R = TypeVar("R")
@@ -148,6 +150,11 @@ class Roller:
         """Steps and step ends of solution ids."""
         return cut_steps(self.engine.tokenizer, ids, self.task.step_separator)
 
+    @property
+    def ledger(self) -> Ledger:
+        """What was spent so far, by the engine and by the value model."""
+        return self.engine.ledger + (self.value.ledger if self.value is not None else Ledger())
+
     def source(self, policy: str) -> Source:
         """Where the rows come from."""
         return Source(policy, self.engine.name, self.task.name, self.seed)
@@ -178,6 +185,69 @@ def grow(roller: Roller, problems: Sequence[Problem], growths: Sequence[Growth[R
         for index, asks in asked:
             advance(index, [next(answers) for _ in asks])
     return results
+
+
+class Grown(Protocol):
+    """What a growth returns: why it has no row, if it has none, and what it counted on the way."""
+
+    dropped: str
+    counts: Counter[str]
+
+
+F = TypeVar("F", bound=Grown)
+
+
+def grown_rows(
+    roller: Roller,
+    problems: Sequence[Problem],
+    growths: Sequence[Growth[F]],
+    rows_of: Callable[[Problem, F, Source], Iterable[Any]],
+    policy: str,
+) -> UnitResult[Any]:
+    """The rows of all growths that found something, with what was counted and dropped and what it cost.
+
+    Same arguments, same rows, whatever problems stand beside a problem (but for the rounding of a value model's scores).
+    """
+    before, source = roller.ledger, roller.source(policy)
+    result: UnitResult[Any] = UnitResult([])
+    for problem, found in zip(problems, grow(roller, problems, growths), strict=True):
+        result.counts.update(found.counts)
+        if found.dropped:
+            result.dropped[found.dropped] += 1
+        else:
+            result.rows += rows_of(problem, found, source)
+    result.ledger = roller.ledger - before
+    result.counts["policy calls"] = result.ledger.policy_calls
+    result.dropped.update(+roller.counts)
+    return result
+
+
+def counted_row(
+    task: Task,
+    problem: Problem,
+    sample: int,
+    steps: Sequence[str],
+    counts: Sequence[tuple[int, int]],
+    outcome: str,
+    source: Source,
+) -> StepLabels:
+    """A row of Monte-Carlo counts, (right, rollouts) of the prefixes of 0 .. len(steps) steps; with the first error where the task
+    can check steps."""
+    checks = task.check_steps(problem, steps) if isinstance(task, StepChecker) else None
+    return StepLabels(
+        problem_id=problem.id,
+        prompt=problem.prompt,
+        gold=problem.answer,
+        sample=sample,
+        steps=tuple(steps),
+        n_correct=tuple(right for right, _ in counts),
+        n_rollouts=tuple(rollouts for _, rollouts in counts),
+        label_source="monte_carlo",
+        outcome=outcome,
+        first_error=first_error(checks) if checks is not None else None,
+        first_error_known=checks is not None,
+        source=source,
+    )
 
 
 @dataclass

@@ -11,7 +11,7 @@ from ..models.engine import Engine, Sampling
 from ..models.reward import RewardModel
 from ..models.step_format import StepFormat
 from ..tasks.base import Outcome, Problem, Task
-from .growing import Ask, Cut, Growth, Roller, grow
+from .growing import Ask, Cut, Growth, Roller, grown_rows
 from .rows import Node, Source, Tree
 from .store import UnitResult
 from .tree_rows import UNFINISHED
@@ -179,21 +179,10 @@ def mcts_trees(
     policy: str,
 ) -> UnitResult[Tree]:
     """`trees` trees of each question: same arguments, same rows, whatever questions stand beside it but for rounding of values."""
-    before = engine.ledger.copy() if value is None else engine.ledger + value.ledger
     roller = Roller(engine, task, step_format, sampling, seed, value)
     asked = [problem for problem in problems for _ in range(trees)]
     growths = [search_tree(roller.cut, options, number) for _ in problems for number in range(trees)]
-    result: UnitResult[Tree] = UnitResult([])
-    solved: Counter[str] = Counter()
-    for problem, found in zip(asked, grow(roller, asked, growths), strict=True):
-        result.counts.update(found.counts)
-        if found.dropped:
-            result.dropped[found.dropped] += 1
-        else:
-            result.rows.append(found.tree(problem, roller.source(policy)))
-            solved[problem.id] |= found.counts["right solutions"] > 0
-    result.ledger = (engine.ledger if value is None else engine.ledger + value.ledger) - before
-    result.counts["policy calls"] = result.ledger.policy_calls
-    result.counts["questions solved"] = sum(solved.values())
-    result.dropped.update(+roller.counts)
+    result = grown_rows(roller, asked, growths, lambda problem, found, source: [found.tree(problem, source)], policy)
+    solved = {row.problem_id for row in result.rows if any(n.outcome == Outcome.RIGHT.value for n in row.nodes)}
+    result.counts["questions solved"] = len(solved)
     return result

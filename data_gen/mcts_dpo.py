@@ -16,7 +16,7 @@ from ..basics import UserError, fingerprint, fold_seed
 from ..models.engine import Engine, Request, Sampling, StopReason
 from ..models.step_format import StepFormat
 from ..tasks.base import HasReference, Problem, Task
-from .growing import Ask, Cut, Roller, Rollout, grow
+from .growing import Ask, Cut, Roller, Rollout, grown_rows
 from .rows import Node, Source, Tree
 from .store import UnitResult
 from .tree_rows import UNFINISHED
@@ -225,6 +225,8 @@ def search_question(
             break
         node = next_move(node)
         found.path.append(node)
+    if not root.children:
+        found.dropped = "questions without a step"
     found.counts[f"questions moved to a {node.outcome or 'cut'} end"] += 1
     return found
 
@@ -355,30 +357,20 @@ def mcts_dpo_trees(
     """One tree for each question: same arguments, same rows, whatever questions stand beside it."""
     if options.include_gold_candidate and not isinstance(task, HasReference):
         raise UserError(f"include_gold_candidate: task {task.name} has no reference solutions")
-    before = engine.ledger.copy()
     roller = StepRoller(
         engine, task, step_format, sampling, seed, question=question, yes=yes, hint=options.hint_self_eval
     )
-    result: UnitResult[Tree] = UnitResult([])
     gold = [
         _gold(task, problem, step_format, engine.tokenizer) if options.include_gold_candidate else []
         for problem in problems
     ]
     growths = [search_question(roller.cut, options, one) for one in gold]
-    for problem, found in zip(problems, grow(roller, problems, growths), strict=True):
-        result.counts.update(found.counts)
-        if found.dropped:
-            result.dropped[found.dropped] += 1
-        elif not found.root.children:
-            result.dropped["questions without a step"] += 1
-        else:
-            result.rows.append(tree_row(found, problem, roller.source(policy)))
+    result = grown_rows(
+        roller, problems, growths, lambda problem, found, source: [tree_row(found, problem, source)], policy
+    )
     for name, used in (
         ("reference steps as candidates", options.include_gold_candidate),
         ("answers told to the judge", options.hint_self_eval),
     ):
         result.counts[f"questions with {name}"] = len(problems) if used else 0
-    result.ledger = engine.ledger - before
-    result.counts["policy calls"] = result.ledger.policy_calls
-    result.dropped.update(+roller.counts)
     return result

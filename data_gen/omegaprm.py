@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ..models.engine import Engine, Sampling
 from ..models.step_format import StepFormat
 from ..tasks.base import Problem, Task
-from .growing import Ask, Cut, Growth, Roller, Rollout, TreeBuilder, grow
+from .growing import Ask, Cut, Growth, Roller, Rollout, TreeBuilder, grown_rows
 from .rows import Tree
 from .store import UnitResult
 
@@ -160,18 +160,8 @@ def omegaprm_trees(
     policy: str,
 ) -> UnitResult[Tree]:
     """One tree for each question that passes the filter: same arguments, same rows, whatever questions stand beside it."""
-    before = engine.ledger.copy()
     roller = Roller(engine, task, step_format, sampling, seed)
-    result: UnitResult[Tree] = UnitResult([])
-    for problem, found in zip(
-        problems, grow(roller, problems, [search_question(roller.cut, options) for _ in problems]), strict=True
-    ):
-        result.counts.update(found.counts)
-        if found.dropped:
-            result.dropped[found.dropped] += 1
-        else:
-            result.rows.append(found.builder.tree(problem, roller.source(policy)))
-    result.ledger = engine.ledger - before
-    result.counts["policy calls"] = result.ledger.policy_calls
-    result.dropped.update(+roller.counts)
-    return result
+    growths = [search_question(roller.cut, options) for _ in problems]
+    return grown_rows(
+        roller, problems, growths, lambda problem, found, source: [found.builder.tree(problem, source)], policy
+    )

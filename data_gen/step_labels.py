@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ..models.engine import Engine, Sampling
 from ..models.step_format import StepFormat
-from ..tasks.base import Problem, StepChecker, Task, first_error
-from .growing import Ask, Roller
+from ..tasks.base import Problem, Task
+from .growing import Ask, Roller, counted_row
 from .label_sets import uses_result
 from .rows import Solution, StepLabels
 from .store import UnitResult
@@ -138,22 +138,9 @@ def monte_carlo_labels(
 
     for row, prefixes in zip(kept, prefixes_of, strict=True):
         counts = [*((p.correct, p.sampled) for p in prefixes), (int(row.right), 1)]
-        checks = task.check_steps(problems[row.problem_id], row.steps) if isinstance(task, StepChecker) else None
+        problem = dataclasses.replace(problems[row.problem_id], prompt=row.prompt, answer=row.gold)
         result.rows.append(
-            StepLabels(
-                problem_id=row.problem_id,
-                prompt=row.prompt,
-                gold=row.gold,
-                sample=row.sample,
-                steps=row.steps,
-                n_correct=tuple(c for c, _ in counts),
-                n_rollouts=tuple(n for _, n in counts),
-                label_source="monte_carlo",
-                outcome=row.outcome,
-                first_error=first_error(checks) if checks is not None else None,
-                first_error_known=checks is not None,
-                source=roller.source(policy),
-            )
+            counted_row(task, problem, row.sample, row.steps, counts, row.outcome, roller.source(policy))
         )
     result.ledger = engine.ledger - before
     return result
