@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..basics import UserError, fold_seed, make_folder, write_atomic, write_json
 from ..config import from_command_line, option
-from ..models.loading import load_model, load_tokenizer
+from ..data_gen.store import read_rows
+from ..models.loading import load_model, load_policy_format, load_tokenizer
 from ..models.step_format import FILE_NAME, StepFormat
 
 HEADS = ("score", "classifier")  # names of the head in transformers' token-classification models
@@ -86,11 +88,15 @@ def _flag(name: str) -> bool:
 
 
 class Examples(Dataset):
-    """Tokenised examples in memory, each a mapping with `input_ids`."""
+    """Tokenised examples in memory, each a mapping with `input_ids`: one sequence, or those of both sides of a pair."""
 
     def __init__(self, items: Sequence[dict[str, Any]]) -> None:
         self.items = list(items)
-        self.lengths = [len(item["input_ids"]) for item in self.items]
+        # A pair is as long as its longer side.
+        self.lengths = [
+            max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+            for ids in (item["input_ids"] for item in self.items)
+        ]
 
     def __len__(self) -> int:
         return len(self.items)
@@ -361,7 +367,53 @@ def pick_rows(rows: Sequence[Any], limit: int, seed: int) -> list[Any]:
     return [rows[i] for i in sorted(torch.randperm(len(rows), generator=generator)[:limit].tolist())]
 
 
-def report_counts(what: str, counts: dict[str, int]) -> None:
+def picked(args: StepladderArguments, path: str, row_type: type) -> list[Any]:
+    """The rows of a file or folder that are trained on, at most `args.max_rows`."""
+    return pick_rows(read_rows(path, row_type), args.max_rows, args.seed)
+
+
+# Makes an example of a row, or counts why it makes none.
+MakeExample = Callable[[Any, Counter[str]], dict[str, Any] | None]
+
+
+def read_examples(
+    args: StepladderArguments, row_type: type, make: MakeExample, *, rows: Sequence[Any] | None = None
+) -> tuple[Examples, Examples | None]:
+    """Examples of `args.rows` (of `rows` if they were read already), and of `args.eval_rows` if they are given.
+
+    Prints what was kept and what was lost. Raises UserError if nothing is left of one of them.
+    """
+
+    def examples(path: str, rows: Sequence[Any] | None = None) -> Examples:
+        counts: Counter[str] = Counter()
+        rows = picked(args, path, row_type) if rows is None else rows
+        items = [item for row in rows if (item := make(row, counts)) is not None]
+        report_counts(path, counts)
+        if not items:
+            told = ", ".join(f"{n} {what}" for what, n in counts.items())
+            raise UserError(f"{path}: no row can be trained on ({told}; max_length {args.max_length})")
+        return Examples(items)
+
+    return examples(args.rows, rows), examples(args.eval_rows) if args.eval_rows else None
+
+
+def counted(made: tuple[dict[str, Any] | None, str], counts: Counter[str]) -> dict[str, Any] | None:
+    """The example of (example, what happened to its row), which is counted."""
+    counts[made[1]] += 1
+    return made[0]
+
+
+def policy_format(args: StepladderArguments, tokenizer: Any, separator: str) -> StepFormat:
+    """The step format of the policy `args.model`. Raises UserError for a reward model."""
+    step_format = load_policy_format(args.model, tokenizer, separator)
+    if step_format.head != "none":
+        raise UserError(
+            f"{args.model}: its step format says head: {step_format.head}, so it is a reward model and not a policy"
+        )
+    return step_format
+
+
+def report_counts(what: str, counts: Mapping[str, int]) -> None:
     """Prints one line with what was kept and what was lost, from the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"{what}: " + ", ".join(f"{n} {name}" for name, n in counts.items()), flush=True)

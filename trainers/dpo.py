@@ -8,7 +8,6 @@ on transformers' Trainer; on whole solutions both give the same losses, which a 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,7 @@ from transformers import TrainerCallback
 from ..basics import UserError, fingerprint, fingerprint_path, make_folder, read_json, write_json
 from ..config import option
 from ..data_gen.rows import Pair
-from ..data_gen.store import read_rows
-from ..models.loading import load_policy_format, load_tokenizer
+from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
 from .common import (
@@ -30,10 +28,11 @@ from .common import (
     StepladderArguments,
     StepladderTrainer,
     check_rows_layout,
+    counted,
     fit,
     pad_batch,
-    pick_rows,
-    report_counts,
+    policy_format,
+    read_examples,
     run_trainer,
     start_model,
 )
@@ -120,13 +119,6 @@ def collate(items: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Ten
     if "reference" in items[0]:
         batch["reference"] = torch.tensor([item["reference"] for item in items])
     return batch
-
-
-def examples_of(items: Sequence[dict[str, Any]]) -> Examples:
-    """Examples of pairs; the length of a pair is that of its longer side."""
-    data = Examples(items)
-    data.lengths = [max(map(len, item["input_ids"])) for item in items]
-    return data
 
 
 class DPOTrainer(StepladderTrainer):
@@ -226,33 +218,16 @@ class Reference(TrainerCallback):
         return [found[i] for i in range(len(data))]
 
 
-def _examples(path: str, args: DPOArguments, tokenizer: Any, step_format: StepFormat) -> Examples:
-    counts: Counter[str] = Counter()
-    items = []
-    for row in pick_rows(read_rows(path, Pair), args.max_rows, args.seed):
-        item, what = pair_example(row, tokenizer, step_format, args)
-        counts[what] += 1
-        if item is not None:
-            items.append(item)
-    report_counts(path, dict(counts))
-    if not items:
-        raise UserError(f"{path}: no pair can be trained on ({dict(counts)}, max_length {args.max_length})")
-    return examples_of(items)
-
-
 def train(args: DPOArguments) -> dict[str, float]:
     """Trains a policy and writes its checkpoint; returns the final metrics."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(args.model)
-    step_format = load_policy_format(args.model, tokenizer, args.separator)
-    if step_format.head != "none":
-        raise UserError(
-            f"{args.model}: its step format says head: {step_format.head}, so it is a reward model and not a policy"
-        )
+    step_format = policy_format(args, tokenizer, args.separator)
     check_rows_layout(args, step_format)
-    data = _examples(args.rows, args, tokenizer, step_format)
-    held_out = _examples(args.eval_rows, args, tokenizer, step_format) if args.eval_rows else None
+    data, held_out = read_examples(
+        args, Pair, lambda row, counts: counted(pair_example(row, tokenizer, step_format, args), counts)
+    )
     make_folder(args.output_dir)
     trainer = DPOTrainer(
         model=start_model(AutoModelForCausalLM, args),

@@ -8,13 +8,12 @@ from typing import Any
 
 from ..config import option
 from ..data_gen.rows import Solution
-from ..data_gen.store import read_rows
 from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
-from .common import Examples, pick_rows, report_counts, run_trainer
+from .common import read_examples, run_trainer
 from .joint import language_labels, train_joint
-from .reward import RewardArguments, finish_examples, reward_format, target_example, train_reward
+from .reward import RewardArguments, reward_format, target_example, train_reward
 
 
 @dataclass
@@ -62,20 +61,14 @@ def orm_example(
 def train(args: ORMArguments) -> dict[str, float]:
     """Trains an outcome reward model and writes its checkpoint; returns the final metrics."""
 
-    def make_examples(path: str, tokenizer: Any, step_format: StepFormat) -> Examples:
-        rows = pick_rows(read_rows(path, Solution), args.max_rows, args.seed)
-        counts: Counter[str] = Counter()
-        items = [e for row in rows if (e := orm_example(row, tokenizer, step_format, args, counts)) is not None]
-        return finish_examples(path, items, counts, report_counts)
-
-    if not args.lambda_lm:
-        return train_reward(args, make_examples, "outcome")
     tokenizer = load_tokenizer(args.model)
     step_format = reward_format(args, tokenizer, "outcome")
+    data = read_examples(args, Solution, lambda row, counts: orm_example(row, tokenizer, step_format, args, counts))
+    if not args.lambda_lm:
+        return train_reward(args, data, tokenizer, step_format)
     return train_joint(
         args,
-        make_examples(args.rows, tokenizer, step_format),
-        make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None,
+        *data,
         tokenizer,
         score_format=step_format,
         score_loss=losses.step_bce if args.loss == "bce" else losses.step_mse,

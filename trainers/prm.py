@@ -9,10 +9,10 @@ from typing import Any
 
 from ..config import option
 from ..data_gen.rows import StepLabels, step_targets
-from ..data_gen.store import read_rows
+from ..models.loading import load_tokenizer
 from ..models.step_format import LabelKind, StepFormat
-from .common import Examples, pick_rows, report_counts, run_trainer
-from .reward import RewardArguments, finish_examples, target_example, train_reward
+from .common import picked, read_examples, run_trainer
+from .reward import RewardArguments, reward_format, target_example, train_reward
 
 KINDS = ("hard", "soft", "threshold")
 
@@ -46,17 +46,14 @@ def prm_example(
 
 def train(args: PRMArguments) -> dict[str, float]:
     """Trains a process reward model and writes its checkpoint; returns the final metrics."""
-    rows = pick_rows(read_rows(args.rows, StepLabels), args.max_rows, args.seed)
-
-    def make_examples(path: str, tokenizer: Any, step_format: StepFormat) -> Examples:
-        counts: Counter[str] = Counter()
-        source = rows if path == args.rows else pick_rows(read_rows(path, StepLabels), args.max_rows, args.seed)
-        items = [e for row in source if (e := prm_example(row, tokenizer, step_format, args, counts)) is not None]
-        return finish_examples(path, items, counts, report_counts)
-
     # A model that never saw what follows an error says nothing of later steps: the worst step stands for the solution.
     dropped = not args.after_first_zero and args.labels != "soft"
-    return train_reward(args, make_examples, label_kind(rows, args.labels), "min" if dropped else None)
+    rows = picked(args, args.rows, StepLabels)
+    tokenizer = load_tokenizer(args.model)
+    step_format = reward_format(args, tokenizer, label_kind(rows, args.labels), "min" if dropped else None)
+    make = lambda row, counts: prm_example(row, tokenizer, step_format, args, counts)
+    data = read_examples(args, StepLabels, make, rows=rows)
+    return train_reward(args, data, tokenizer, step_format)
 
 
 def label_kind(rows: Sequence[StepLabels], labels: str) -> LabelKind:

@@ -12,24 +12,20 @@ import torch
 from ..basics import UserError, make_folder
 from ..config import option
 from ..data_gen.rows import Pair
-from ..data_gen.store import read_rows
 from ..models.loading import load_policy_format, load_tokenizer
 from ..models.step_format import Aggregation, StepFormat
 from . import losses
 from .common import (
-    Examples,
     MetricsFile,
     StepladderArguments,
     StepladderTrainer,
     check_rows_layout,
     fit,
     pad_batch,
-    pick_rows,
-    report_counts,
+    read_examples,
     run_trainer,
     start_model,
 )
-from .reward import finish_examples
 
 
 @dataclass
@@ -142,13 +138,9 @@ def train(args: RankingArguments) -> dict[str, float]:
     )
     check_rows_layout(args, step_format)
 
-    def examples(path: str) -> Examples:
-        counts: Counter[str] = Counter()
-        rows = pick_rows(read_rows(path, Pair), args.max_rows, args.seed)
-        items = [e for row in rows if (e := ranking_example(row, tokenizer, step_format, args, counts)) is not None]
-        return finish_examples(path, items, counts, report_counts)
-
-    data, held_out = examples(args.rows), examples(args.eval_rows) if args.eval_rows else None
+    data, held_out = read_examples(
+        args, Pair, lambda row, counts: ranking_example(row, tokenizer, step_format, args, counts)
+    )
     make_folder(args.output_dir)
     trainer = RankingTrainer(
         model=start_model(AutoModelForTokenClassification, args, num_labels=1, classifier_dropout=0.0),

@@ -9,9 +9,8 @@ from typing import Any, get_args
 
 import torch
 
-from ..basics import UserError
 from ..config import option
-from ..models.loading import load_policy_format, load_tokenizer
+from ..models.loading import load_policy_format
 from ..models.step_format import Aggregation, Encoded, Head, LabelKind, StepFormat
 from . import losses
 from .common import (
@@ -118,33 +117,21 @@ def reward_format(
 
 
 def train_reward(
-    args: RewardArguments, make_examples: Any, label_kind: LabelKind, aggregation: Aggregation | None = None
+    args: RewardArguments, data: tuple[Examples, Examples | None], tokenizer: Any, step_format: StepFormat
 ) -> dict[str, float]:
-    """Trains a reward model on make_examples(path, tokenizer, step_format) and writes its checkpoint; returns metrics."""
+    """Trains a reward model on examples (and held-out ones) and writes its checkpoint; returns the final metrics."""
     from transformers import AutoModelForTokenClassification
 
-    tokenizer = load_tokenizer(args.model)
-    step_format = reward_format(args, tokenizer, label_kind, aggregation)
-    data = make_examples(args.rows, tokenizer, step_format)
-    held_out = make_examples(args.eval_rows, tokenizer, step_format) if args.eval_rows else None
     # Dropout on the head would make scores of the same text differ between training and use.
     labels: dict[str, Any] = {"num_labels": 2 if args.head == "two_class" else 1, "classifier_dropout": 0.0}
     make_folder(args.output_dir)
     trainer = RewardTrainer(
         model=start_model(AutoModelForTokenClassification, args, **labels),
         args=args,
-        train_dataset=data,
-        eval_dataset=held_out,
+        train_dataset=data[0],
+        eval_dataset=data[1],
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=[MetricsFile(args.output_dir)],
     )
     trainer.positive_class = step_format.positive_class
     return fit(trainer, tokenizer, step_format)
-
-
-def finish_examples(path: str, items: list[dict[str, Any]], counts: Counter[str], report: Any) -> Examples:
-    """The examples, after printing the counts. Raises UserError if none is left."""
-    report(path, dict(counts))
-    if not items:
-        raise UserError(f"{path}: no row can be trained on ({', '.join(f'{n} {k}' for k, n in counts.items())})")
-    return Examples(items)

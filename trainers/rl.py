@@ -18,7 +18,7 @@ import torch
 
 from ..basics import UserError, fold_seed, make_folder, write_atomic
 from ..models.engine import Request, Sampling, StopReason
-from ..models.loading import load_model, load_policy_format, load_tokenizer
+from ..models.loading import load_model, load_tokenizer
 from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
 from ..tasks.base import Problem, StepChecker, Task
@@ -33,6 +33,7 @@ from .common import (
     fit,
     merge_adapter,
     plain_class,
+    policy_format,
     report_counts,
     run_trainer,
     start_model,
@@ -417,11 +418,7 @@ def train(args: RLArguments, transforms: Sequence[earned.RewardTransform] = ()) 
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     tokenizer = load_tokenizer(args.model)
-    step_format = load_policy_format(args.model, tokenizer, args.separator)
-    if step_format.head != "none":
-        raise UserError(
-            f"{args.model}: its step format says head: {step_format.head}, so it is a reward model and not a policy"
-        )
+    step_format = policy_format(args, tokenizer, args.separator)
     task = load_task(args.task)
     if step_format.separator != task.step_separator:
         raise UserError(

@@ -7,7 +7,6 @@ loss, which a test shows.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,7 @@ from transformers import TrainerCallback
 from ..basics import UserError, make_folder
 from ..config import option
 from ..data_gen.rows import Dialogue
-from ..data_gen.store import read_rows
-from ..models.loading import load_policy_format, load_tokenizer
+from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
 from .common import (
@@ -29,9 +27,11 @@ from .common import (
     StepladderArguments,
     StepladderTrainer,
     check_rows_layout,
+    counted,
     fit,
     pad_batch,
-    pick_rows,
+    policy_format,
+    read_examples,
     report_counts,
     run_trainer,
     start_model,
@@ -265,20 +265,6 @@ class PackingIsRight(TrainerCallback):
             )
 
 
-def _examples(path: str, args: SFTArguments, tokenizer: Any, step_format: StepFormat) -> Examples:
-    counts: Counter[str] = Counter()
-    items = []
-    for row in pick_rows(read_rows(path, Dialogue), args.max_rows, args.seed):
-        item, what = dialogue_example(row, tokenizer, step_format, args.max_length)
-        counts[what] += 1
-        if item is not None:
-            items.append(item)
-    report_counts(f"{path}", dict(counts))
-    if not items:
-        raise UserError(f"{path}: no row can be trained on ({dict(counts)}, max_length {args.max_length})")
-    return Examples(items)
-
-
 def train(args: SFTArguments) -> dict[str, float]:
     """Trains a policy and writes its checkpoint; returns the final metrics."""
     from transformers import AutoModelForCausalLM
@@ -286,14 +272,13 @@ def train(args: SFTArguments) -> dict[str, float]:
     if args.lab_model:
         _new_lab_model(args)
     tokenizer = load_tokenizer(args.model)
-    step_format = load_policy_format(args.model, tokenizer, args.separator)
-    if step_format.head != "none":
-        raise UserError(
-            f"{args.model}: its step format says head: {step_format.head}, so it is a reward model and not a policy"
-        )
+    step_format = policy_format(args, tokenizer, args.separator)
     check_rows_layout(args, step_format)
-    data = _examples(args.rows, args, tokenizer, step_format)
-    held_out = _examples(args.eval_rows, args, tokenizer, step_format) if args.eval_rows else None
+    data, held_out = read_examples(
+        args,
+        Dialogue,
+        lambda row, counts: counted(dialogue_example(row, tokenizer, step_format, args.max_length), counts),
+    )
     singles = data.items
     if args.packing:
         data, held_out = _in_packs(data, args), held_out and _in_packs(held_out, args)

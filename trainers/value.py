@@ -9,13 +9,12 @@ from typing import Any
 from ..basics import UserError
 from ..config import option
 from ..data_gen.rows import Tree
-from ..data_gen.store import read_rows
-from ..models.loading import load_policy_format, load_tokenizer
+from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
-from .common import Examples, StepladderArguments, check_rows_layout, pick_rows, report_counts, run_trainer
+from .common import StepladderArguments, check_rows_layout, policy_format, read_examples, run_trainer
 from .joint import language_labels, train_joint
-from .reward import finish_examples, target_example
+from .reward import target_example
 
 
 @dataclass
@@ -70,29 +69,20 @@ def value_example(
 def train(args: ValueArguments) -> dict[str, float]:
     """Trains a policy with a value head; writes the policy to output_dir and the value model to output_dir/value."""
     tokenizer = load_tokenizer(args.model)
-    policy_format = load_policy_format(args.model, tokenizer, args.separator)
-    if policy_format.head != "none":
-        raise UserError(
-            f"{args.model}: its step format says head: {policy_format.head}, so it is a reward model and not a policy"
-        )
-    check_rows_layout(args, policy_format)
+    layout = policy_format(args, tokenizer, args.separator)
+    check_rows_layout(args, layout)
 
-    def examples(path: str) -> Examples:
-        counts: Counter[str] = Counter()
-        rows = pick_rows(read_rows(path, Tree), args.max_rows, args.seed)
-        items = [e for row in rows if (e := value_example(row, tokenizer, policy_format, args, counts)) is not None]
-        return finish_examples(path, items, counts, report_counts)
-
+    data, held_out = read_examples(args, Tree, lambda row, counts: value_example(row, tokenizer, layout, args, counts))
     return train_joint(
         args,
-        examples(args.rows),
-        examples(args.eval_rows) if args.eval_rows else None,
+        data,
+        held_out,
         tokenizer,
-        score_format=policy_format.for_reward("scalar", "value"),
+        score_format=layout.for_reward("scalar", "value"),
         score_loss=losses.value_mse,
         score_weight=args.beta,
         lm_weight=1.0,
-        policy_format=policy_format,
+        policy_format=layout,
     )
 
 

@@ -16,7 +16,7 @@ from stepladder.data_gen.store import write_rows
 from stepladder.models.step_format import StepFormat
 from stepladder.trainers import losses
 from stepladder.trainers.common import Examples, start_model
-from stepladder.trainers.dpo import REFERENCE, DPOArguments, DPOTrainer, Reference, collate, examples_of, pair_example
+from stepladder.trainers.dpo import REFERENCE, DPOArguments, DPOTrainer, Reference, collate, pair_example
 from stepladder.trainers.sft import dialogue_example
 
 
@@ -148,7 +148,7 @@ def test_what_is_left_out_is_counted(lab_words, rows, settings, train, capsys):
         "1 without a step on one side"
     )
     assert told in capsys.readouterr().out
-    with pytest.raises(UserError, match="no pair can be trained on"):
+    with pytest.raises(UserError, match="no row can be trained on"):
         train("dpo", settings("dpo", pairs[1:2], margin=0.25))
 
 
@@ -161,7 +161,7 @@ def trainer(tmp_path: Any, lab_words: Any, tiny_policy: Any) -> Any:
         return DPOTrainer(
             model=tiny_policy(lab_words, width=16, layers=1, heads=2),
             args=arguments(output_dir=str(tmp_path / "ours"), disable_tqdm=True, **settings),
-            train_dataset=examples_of(items),
+            train_dataset=Examples(items),
             data_collator=lambda items: collate(items, 0),
         )
 
@@ -351,6 +351,6 @@ def test_settings_that_cannot_be(wrong, message):
 
 
 def test_an_example_knows_the_length_of_its_longer_side(rows, lab_words):
-    data = examples_of(items_of(rows, lab_words))
+    data = Examples(items_of(rows, lab_words))
     assert isinstance(data, Examples)
     assert data.lengths == [max(map(len, item["input_ids"])) for item in data.items]
