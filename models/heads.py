@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -52,32 +51,10 @@ def load_scoring_model(path: str, step_format: StepFormat, *, dtype: str = "floa
     from transformers import AutoModel, AutoModelForTokenClassification
 
     if step_format.head in ("two_class", "scalar"):
-        return _load_whole(AutoModelForTokenClassification, path, dtype)
-    backbone = _load_whole(AutoModel, path, dtype)
+        return load_model(AutoModelForTokenClassification, path, dtype=dtype)
+    backbone = load_model(AutoModel, path, dtype=dtype)
     head = _HEADS[step_format.head](path, backbone, step_format)
     return HeadedModel(backbone, head.to(backbone.dtype), step_format.classes)
-
-
-def _load_whole(auto_class: Any, path: str, dtype: str) -> Any:
-    with _quiet():
-        model, found = load_model(auto_class, path, dtype=dtype, output_loading_info=True)
-    if found["missing_keys"]:
-        names = ", ".join(sorted(found["missing_keys"])[:3])
-        raise UserError(f"{path}: the checkpoint lacks {names} of {type(model).__name__}: it is no such reward model")
-    return model
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the report of unexpected weights: the head is read apart, and what is missing is an error here."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _mlp(path: str, backbone: Any, step_format: StepFormat) -> torch.nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,19 @@ def load_tokenizer(path: str) -> Any:
 
 
 def load_model(
-    auto_class: Any, path: str, *, dtype: str = "float32", settings: Mapping[str, Any] | None = None, **options: Any
+    auto_class: Any,
+    path: str,
+    *,
+    dtype: str = "float32",
+    settings: Mapping[str, Any] | None = None,
+    new: Sequence[str] = (),
+    **options: Any,
 ) -> Any:
-    """A model of `auto_class` from a checkpoint (folder or hub id): safetensors only, no remote code.
+    """A model of `auto_class` from a checkpoint (folder or hub id): whole, safetensors only, no remote code.
 
     `settings` are set on the checkpoint's configuration first, whether its class knows them or not: `classifier_dropout` is
-    read by heads of architectures whose configuration does not list it.
+    read by heads of architectures whose configuration does not list it. Weights that the checkpoint lacks
+    are drawn at random in the modules named by `new`; elsewhere they are a UserError, as are weights of another shape.
     """
     import torch
     from safetensors import SafetensorError
@@ -56,11 +63,38 @@ def load_model(
             options["config"] = AutoConfig.from_pretrained(path)
             for name, value in settings.items():
                 setattr(options["config"], name, value)
-        return auto_class.from_pretrained(
-            path, dtype="auto" if dtype == "auto" else getattr(torch, dtype), use_safetensors=True, **options
-        )
+        with _without_report():
+            model, found = auto_class.from_pretrained(
+                path,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **options,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: no {auto_class.__name__} model could be loaded ({_first_line(error)})") from error
+    for names, what in (
+        ({name for name in found["missing_keys"] if name.split(".")[0] not in new}, "lacks"),
+        ({name for name, *_ in found["mismatched_keys"]}, "has another shape for"),
+    ):
+        if names:
+            told = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(f"{path}: the checkpoint {what} {told} of {type(model).__name__}")
+    return model
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Without transformers' table of weights that were missing or left over: `load_model` says what matters of it."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def pick_device(name: str = "auto") -> str:

@@ -66,6 +66,8 @@ class StepladderArguments(TrainingArguments):
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
             # Not told this, transformers would train as many models as there are processes.
             self.use_cpu = True
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch warns of it at every epoch where there is nothing to pin for
         if self.use_cpu and _flag("ACCELERATE_USE_FSDP"):
             # With it only the first process loads weights; accelerate (1.15) shards nothing between CPU processes, and the
             # others would stay empty. TellEngine says what was built.
@@ -448,7 +450,7 @@ def start_model(
     `prepare` may add a head to the model that was loaded, which trains in full beside adapters.
     """
     torch.manual_seed(args.seed)  # a new head is drawn when the model is loaded
-    model = load_model(auto_class, args.model, dtype=args.dtype, settings=settings)
+    model = load_model(auto_class, args.model, dtype=args.dtype, settings=settings, new=HEADS)
     if prepare is not None:
         model = prepare(model)
     if not args.lora_r:
@@ -540,7 +542,7 @@ def merge_adapter(args: StepladderArguments, model_class: Any, folder: Path, con
     # Under ZeRO-3 transformers would split what is loaded among all processes, and wait for the others for ever.
     unset_hf_deepspeed_config()
     torch.manual_seed(args.seed)
-    base = load_model(model_class, args.model, dtype=args.dtype, config=config)
+    base = load_model(model_class, args.model, dtype=args.dtype, config=config, new=HEADS)  # the adapter holds the head
     PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(folder)
 
 

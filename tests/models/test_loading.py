@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from transformers.utils import logging
 
 from stepladder.basics import UserError
 from stepladder.models.loading import load_engine, load_model, load_policy_format, load_tokenizer, pick_device
@@ -81,6 +82,34 @@ def test_truncated_weights_are_one_sentence(tmp_path, lab_words, tiny_policy):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="no AutoModelForCausalLM model could be loaded"):
         load_model(AutoModelForCausalLM, str(tmp_path))
+
+
+def test_weights_that_a_checkpoint_lacks_are_never_drawn_at_random_unasked(
+    tmp_path, checkpoint, lab_words, tiny_policy
+):
+    with pytest.raises(UserError, match=r"checkpoint lacks score\.bias, score\.weight of LlamaForTokenClassification"):
+        load_model(AutoModelForTokenClassification, checkpoint)
+    scorer = load_model(AutoModelForTokenClassification, checkpoint, settings={"num_labels": 1}, new=("score",))
+    policy = load_model(AutoModelForCausalLM, checkpoint)
+    assert torch.equal(scorer.model.layers[0].mlp.up_proj.weight, policy.model.layers[0].mlp.up_proj.weight)
+    scorer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"checkpoint lacks lm_head\.weight of LlamaForCausalLM"):
+        load_engine(str(tmp_path))
+    with pytest.raises(
+        UserError, match=r"has another shape for score\.bias, score\.weight of LlamaForTokenClassification"
+    ):
+        load_model(AutoModelForTokenClassification, str(tmp_path), settings={"num_labels": 2}, new=("score",))
+
+
+def test_loading_prints_no_table_of_left_over_weights(checkpoint, caplog):
+    logging.enable_propagation()
+    try:
+        load_model(AutoModelForTokenClassification, checkpoint, new=("score",))
+        assert "LOAD REPORT" not in caplog.text
+        AutoModelForTokenClassification.from_pretrained(checkpoint)
+        assert "LOAD REPORT" in caplog.text
+    finally:
+        logging.disable_propagation()
 
 
 def test_the_format_beside_a_policy_or_one_derived(tmp_path, lab_words, merging_tokenizer):
