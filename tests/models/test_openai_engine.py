@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -313,7 +314,6 @@ def test_a_silent_server_does_not_hold_up_the_end_of_the_process(server: Any, la
 
     served = server(trouble=trouble)
     script = (
-        "import _thread, threading\n"
         "from stepladder.models.engine import Request, Sampling\n"
         "from stepladder.models.openai_engine import OpenAIEngine\n"
         "class Tokenizer:\n"
@@ -321,13 +321,24 @@ def test_a_silent_server_does_not_hold_up_the_end_of_the_process(server: Any, la
         "    def decode(self, ids): return ''\n"
         "    def __call__(self, text, **_): return {'input_ids': []}\n"
         f"engine = OpenAIEngine({served.url!r}, 'served', Tokenizer())\n"
-        "threading.Timer(1, _thread.interrupt_main).start()\n"
         "try:\n    engine.generate([Request((5, 16), (1, 2, 3, 4))], Sampling(4))\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    silent.set()
-    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        for _ in range(2400):
+            if served.posts == 4:  # one alone, then the other three at once
+                break
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)  # the server stays silent for ten minutes
+    finally:
+        process.kill()
+        silent.set()
+    assert (process.returncode, out.strip()) == (0, "interrupted"), err
 
 
 def test_first_contact_says_what_is_wrong(server: Any, lab_words: Any) -> None:
@@ -508,12 +519,23 @@ def test_transformers_serve(merging_tokenizer: Any, markov_policy: Any, tmp_path
         # Killed while it answers and started again on its port: the same samples, each seed its own.
         monkeypatch.undo()  # real waiting times
         again: list[Any] = []
+        post, posts, killed = engine._post, itertools.count(1), threading.Event()
+
+        def kill() -> None:
+            os.killpg(process.pid, signal.SIGKILL)
+            killed.set()
+
+        def post_and_kill(*arguments: Any) -> Any:
+            if next(posts) == 8:
+                threading.Timer(0.01, kill).start()
+            return post(*arguments)
+
+        monkeypatch.setattr(engine, "_post", post_and_kill)
         asking = threading.Thread(target=lambda: again.append(engine.generate(asked * 4, sampling)))
         asking.start()
-        time.sleep(0.4)
-        os.killpg(process.pid, signal.SIGKILL)
+        assert killed.wait(60)
         process.wait()
-        assert asking.is_alive()
+        assert asking.is_alive()  # with 40 requests left
         process = start_serving(folder, port, tmp_path)
         asking.join(120)
         assert engine.counts["retries"] >= 1
