@@ -64,11 +64,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def unknown_key(key: str, known: Sequence[str], where: str) -> UserError:
-    """The error for an unknown key, with the nearest known one if there is one near."""
+def unknown_key(key: str, known: Sequence[str], where: str, what: str = "key") -> UserError:
+    """The error for an unknown key (or other `what`), with what is near: one spelt nearly so, else those with a word spelt so."""
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(sorted(known)[:40])}"
-    return UserError(f"{where}: unknown key {key!r}; {hint}")
+    if not near:
+        words = {word for name in known for word in name.split("_")}
+        close = {match for word in key.split("_") for match in difflib.get_close_matches(word, words, n=1, cutoff=0.75)}
+        near = [name for name in known if close & set(name.split("_"))][:3]
+    if near:
+        hint = f"did you mean {' or '.join(near)}?"
+    elif len(known) > 40:
+        hint = f"`--help` of the stage's own command lists the {len(known)} known {what}s"
+    else:
+        hint = f"known {what}s are {', '.join(sorted(known))}"
+    return UserError(f"{where}: unknown {what} {key!r}; {hint}")
 
 
 def build(cls: type[C], values: Mapping[str, Any], where: str = "config") -> C:

@@ -67,7 +67,7 @@ def import_rows(
     if format not in NAMES:
         from ..config import unknown_key
 
-        raise UserError(str(unknown_key(format, NAMES, "import")).replace("unknown key", "unknown format"))
+        raise unknown_key(format, NAMES, "import", "format")
     made = StepLabels if format == "prm800k" else FORMATS[format][0]
     if row_type is not None and made is not row_type:
         raise UserError(f"format {format} gives {made.__name__} rows, {row_type.__name__} rows are needed")

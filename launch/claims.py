@@ -67,7 +67,7 @@ def run_claim(name: str, out: Path, results: Path, overrides: Mapping[str, Any])
     """Runs a claim for all its seeds in folders of `out`, and writes `results`/NAME.json. Killed, it continues."""
     files = claim_files()
     if not (path := files.get(name, Path(name))).is_file():
-        raise unknown_key(name, list(files), "claim")
+        raise unknown_key(name, list(files), "stepladder claims run", "claim")
     recipe = load_recipe(path, {k: v for k, v in overrides.items() if k != "seeds"})
     for key in recipe:
         if key not in (*_KEYS, *_RECIPE_KEYS):
@@ -116,7 +116,7 @@ def _check_stages(comparisons: Sequence[Comparison], recipe: Mapping[str, Any], 
     for one in comparisons:
         for name in filter(None, (one.better, one.than)):
             if name.partition("/")[0] not in stages:
-                raise unknown_key(name.partition("/")[0], stages, f"{where}: compare {one.what!r}: stage")
+                raise unknown_key(name.partition("/")[0], stages, f"{where}: compare {one.what!r}", "stage")
 
 
 def compare(one: Comparison, runs: Sequence[Path]) -> dict[str, Any]:
@@ -173,8 +173,8 @@ def _arm(run: Path, name: str, metric: str) -> tuple[dict[str, Any], dict[str, f
     if not found:
         arms = sorted({record["arm"] for record in records if record["metric"] == metric})
         if not arms:
-            raise unknown_key(metric, sorted({r["metric"] for r in records}), f"{run / stage}: metric")
-        raise unknown_key(arm, arms, f"{run / stage}: arm with {metric}")
+            raise unknown_key(metric, sorted({r["metric"] for r in records}), str(run / stage), "metric")
+        raise unknown_key(arm, arms, f"{run / stage}: {metric}", "arm")
     values = None
     if (path := run / stage / VALUES).is_file():
         values = next((v["values"] for v in read_json(path) if v["arm"] == arm and v["metric"] == metric), None)

@@ -122,6 +122,7 @@ def _dispatch(arguments: list[str]) -> None:
         raise unknown_key(
             command,
             [*GROUPS, "run", "quickstart", "solve", "serve", "claims", "export", "import-reward", "import-gguf"],
+            "stepladder",
             "command",
         )
 
@@ -129,19 +130,17 @@ def _dispatch(arguments: list[str]) -> None:
 def _stage(group: str, rest: list[str]) -> None:
     from ..config import build, describe, merge, parse_overrides, read_yaml, unknown_key
     from .pipeline import claim
-    from .stages import STAGES, config_class, names_of
+    from .stages import STAGES, config_class, names_of, summary
 
     names = names_of(group)
     if not rest or rest[0] in ("-h", "--help"):
         print(f"usage: stepladder {group} STAGE --config FILE [--out DIR] [--key value ...]\n\nstages:")
         for name in names:
-            config = STAGES[f"{group}.{name}"][0]
-            line = config.__doc__ if isinstance(config, type) else f"Trains with stepladder.trainers.{name}."
-            print(f"  {name:16s} {(line or '').splitlines()[0]}")
+            print(f"  {name:18s} {summary(f'{group}.{name}')}")
         return
     name, rest = rest[0], rest[1:]
     if name not in names:
-        raise unknown_key(name, names, f"stepladder {group}")
+        raise unknown_key(name, names, f"stepladder {group}", "stage")
     kind = f"{group}.{name}"
     if "-h" in rest or "--help" in rest:
         print(describe(config_class(kind), f"stepladder {group} {name}"))
@@ -289,7 +288,7 @@ def _claims(rest: list[str]) -> None:
         out = Path(ours.get("--out") or Path("runs") / "claims" / Path(names[0]).stem)
         run_claim(names[0], out, results, parse_overrides(names[1:]))
     else:
-        raise unknown_key(what, ["list", "run", "table"], "stepladder claims")
+        raise unknown_key(what, ["list", "run", "table"], "stepladder claims", "command")
 
 
 def _whole(text: str, name: str) -> int:

@@ -47,7 +47,7 @@ UNGUIDED = ("best_of_n", "revisions", "corrections")
 def strategy_settings(strategy: str, settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings of a strategy, checked by name, type and value. Raises UserError."""
     if strategy not in STRATEGIES:
-        raise unknown_key(strategy, list(STRATEGIES), f"{where}: strategy")
+        raise unknown_key(strategy, list(STRATEGIES), where, "strategy")
     function = STRATEGIES[strategy][0]
     hints = typing.get_type_hints(function)
     known = [
@@ -203,7 +203,7 @@ class Compare(Correcting, WithPolicy):
         found = {}
         for name, arm in self.arms.items():
             if arm.strategy not in STRATEGIES:
-                raise ValueError(str(unknown_key(arm.strategy, list(STRATEGIES), f"arms.{name}: strategy")))
+                raise ValueError(str(unknown_key(arm.strategy, list(STRATEGIES), f"arms.{name}", "strategy")))
             field = STRATEGIES[arm.strategy][1]
             if field in arm.settings:
                 raise ValueError(f"arms.{name}: {field} is what the budgets set; give budgets")

@@ -114,7 +114,7 @@ def plan(recipe: Mapping[str, Any], out: Path, where: str) -> dict[str, tuple[st
             raise UserError(f"{here}: do is missing: which of {', '.join(STAGES)} it runs")
         kind = values["do"]
         if kind not in STAGES:
-            raise unknown_key(str(kind), list(STAGES), f"{here}: do")
+            raise unknown_key(str(kind), list(STAGES), f"{here}: do", "kind")
         known = {f.name for f in dataclasses.fields(config_class(kind))}
         used |= set(shared) & known
         # Equal seeds would give the rounds of a policy that changed little nearly equal samples.
@@ -145,7 +145,7 @@ def _resolve(value: Any, out: Path, before: list[str], where: str) -> Any:
     if isinstance(value, str) and value.startswith("@"):
         name, _, rest = value[1:].partition("/")
         if name not in before:
-            raise unknown_key(f"@{name}", [f"@{b}" for b in before], f"{where}: reference to a stage before this one")
+            raise unknown_key(f"@{name}", [f"@{b}" for b in before], where, "reference")
         return str(out / name / rest if rest else out / name)
     return value
 

@@ -5,6 +5,7 @@ Nothing heavy is imported until a stage runs: `stepladder --help` must not wait 
 
 from __future__ import annotations
 
+import ast
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +45,17 @@ def config_class(stage: str) -> type:
         module, name = config.split(":")
         return getattr(importlib.import_module(module, __package__), name)
     return config
+
+
+def summary(stage: str) -> str:
+    """What a stage does, in one line; a trainer's is the first of its module, which is read and not imported."""
+    config, _ = STAGES[stage]
+    if isinstance(config, str):
+        file = Path(__file__).parent.parent / "trainers" / f"{stage.removeprefix('train.')}.py"
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))
+    else:
+        text = config.__doc__
+    return (text or "").partition("\n")[0]
 
 
 STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {

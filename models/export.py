@@ -77,7 +77,7 @@ def export_reward(model: str, target: str, out: str, wanted: Wanted | None = Non
     or a layout of samples that the target cannot hold.
     """
     if target not in _TARGETS:
-        raise unknown_key(target, list(_TARGETS), "format")
+        raise unknown_key(target, list(_TARGETS), "export", "format")
     wanted = wanted or Wanted()
     if wanted.bias not in ("refuse", "beside"):
         raise UserError(f"bias must be refuse or beside, found {wanted.bias!r}")

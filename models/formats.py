@@ -86,7 +86,7 @@ def foreign_format(path: str, name: str, given: Given | None = None) -> StepForm
     from .loading import load_tokenizer
 
     if name not in CONVENTIONS:
-        raise unknown_key(name, list(CONVENTIONS), "format")
+        raise unknown_key(name, list(CONVENTIONS), path, "format")
     convention, given = CONVENTIONS[name], given or Given()
     tokenizer = load_tokenizer(path)
     separator = convention.separator if given.separator is None else given.separator

@@ -49,8 +49,7 @@ def load_task(config: Mapping[str, Any]) -> Task:
 
         return typing.cast("Task", build(FreeText, values, where))
     if kind not in PRESETS:
-        error = unknown_key(str(kind), KINDS, "task")
-        raise UserError(str(error).replace("unknown key", "unknown kind").replace("known keys", "known kinds"))
+        raise unknown_key(str(kind), KINDS, "task", "kind")
     preset = PRESETS[kind]
     hints = typing.get_type_hints(TextTask) | typing.get_type_hints(preset)
     known = [name for name in inspect.signature(preset).parameters if name != "overrides"]

@@ -73,6 +73,7 @@ def test_a_config_is_built_with_its_types():
         ({"lerning_rate": 1}, "config: unknown key 'lerning_rate'; did you mean learning_rate?"),
         ({"zzz": 1}, "unknown key 'zzz'; known keys are fast, folder, inner, kind"),
         ({3: 1}, "unknown key '3'"),
+        ({"learning_speed": 1}, r"unknown key 'learning_speed'; did you mean learning_rate\?"),
         ({"inner": {"rte": 1}}, "config: inner: unknown key 'rte'; did you mean rate?"),
         ({"steps": "ten"}, r"config: steps must be a whole number, found 'ten' \(str\)"),
         ({"steps": 1.5}, "steps must be a whole number, found 1.5"),

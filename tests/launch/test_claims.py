@@ -169,7 +169,7 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no_such_claim"):
         run_claim("no_such_claim", tmp_path, tmp_path, {})
     run = a_run(tmp_path / "run", {"a": [1.0]})
-    for arm, metric, message in [("b", "accuracy", "arm with accuracy"), ("a", "f1", "metric")]:
+    for arm, metric, message in [("b", "accuracy", "accuracy: unknown arm 'b'"), ("a", "f1", "unknown metric 'f1'")]:
         with pytest.raises(UserError, match=message):
             compare(Comparison(what="x", better=f"answers/{arm}", metric=metric), [run])
 

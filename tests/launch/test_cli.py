@@ -94,7 +94,7 @@ def test_the_installed_command_and_the_module_are_the_same() -> None:
     assert [e.returncode for e in ended] == [2, 2]
     assert ended[0].stderr == ended[1].stderr
     assert len(ended[0].stderr.splitlines()) == 1
-    assert ended[0].stderr.startswith("error: command: unknown key 'nothing'")
+    assert ended[0].stderr.startswith("error: stepladder: unknown command 'nothing'")
 
 
 # --- stages by themselves ------------------------------------------------------------------------------------------------

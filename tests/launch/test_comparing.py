@@ -198,7 +198,7 @@ def test_searches_that_share_models_pay_their_own_cost(done, prm, tmp_path):
     ("settings", "told"),
     [
         ({"arms": {"a/b": {}}}, "a name is made of letters, digits"),
-        ({"arms": {"a": {"strategy": "bean"}}}, "arms.a: strategy: unknown key 'bean'; did you mean beam?"),
+        ({"arms": {"a": {"strategy": "bean"}}}, "arms.a: unknown strategy 'bean'; did you mean beam?"),
         ({"arms": {"a": {"settings": {"beams": 3}}}}, "arms.a: beams is what the budgets set"),
         (
             {"arms": {"a": {"settings": {"max_depht": 3}}}},

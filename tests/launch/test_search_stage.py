@@ -178,7 +178,7 @@ def test_unguided_searches_need_no_reward_model(tmp_path, refused):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        (["--strategy", "bean"], "search run: strategy: unknown key 'bean'; did you mean beam?"),
+        (["--strategy", "bean"], "search run: unknown strategy 'bean'; did you mean beam?"),
         (["--settings.beems", "4"], "search run: settings of beam: unknown key 'beems'; did you mean beams?"),
         (["--settings.beams", "4.5"], "beams must be a whole number, found 4.5"),
         (["--settings.width", "99"], "1 <= width <= beams must hold, found width 99 and beams 16"),

@@ -482,7 +482,7 @@ def test_exports_that_would_score_other_tokens_are_refused(tmp_path, lab_words, 
     ):
         with pytest.raises(UserError, match=message):
             export_reward(plain, "math-shepherd", str(tmp_path / "out"), wanted)
-    with pytest.raises(UserError, match=r"unknown key 'qwen'.*did you mean qwen-prm"):
+    with pytest.raises(UserError, match=r"unknown format 'qwen'.*did you mean qwen-prm"):
         export_reward(plain, "qwen", str(tmp_path / "out"))
     with pytest.raises(UserError, match="is the model's own folder"):
         export_reward(plain, "trl", plain)
@@ -630,7 +630,7 @@ def test_what_a_user_says_wins_over_the_convention(tmp_path):
     )  # fmt: skip
     with pytest.raises(UserError, match="label_kind must be one of"):
         foreign_format(str(tmp_path), "trl", Given(label_kind="warm"))
-    with pytest.raises(UserError, match=r"unknown key 'tlr'.*did you mean trl"):
+    with pytest.raises(UserError, match=r"unknown format 'tlr'.*did you mean trl"):
         foreign_format(str(tmp_path), "tlr")
     with pytest.raises(UserError, match=r"the checkpoint has no v_head.summary.weight"):
         RewardModel.load(str(tmp_path), device="cpu", format="skywork")
