@@ -160,7 +160,7 @@ def _stage(group: str, rest: list[str]) -> None:
     if not out:
         raise UserError(f"stepladder {group} {name}: --out DIR is missing: the folder that is filled")
     where = str(config_file or f"stepladder {group} {name}")
-    config = build(config_class(kind), values, where)
+    config: Any = build(config_class(kind), values, where)
     if group in ("data", "search"):
         claim(Path(str(out)), kind, config)
     STAGES[kind][1](config, Path(str(out)))

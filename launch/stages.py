@@ -49,7 +49,7 @@ def config_class(stage: str) -> type:
 
 def summary(stage: str) -> str:
     """What a stage does, in one line; a trainer's is the first of its module, which is read and not imported."""
-    config, _ = STAGES[stage]
+    config: type | str = STAGES[stage][0]
     if isinstance(config, str):
         file = Path(__file__).parent.parent / "trainers" / f"{stage.removeprefix('train.')}.py"
         text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8")))

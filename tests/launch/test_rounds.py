@@ -113,7 +113,7 @@ def test_more_rounds_keep_those_that_are_done(tmp_path: Path, capsys: Any) -> No
         ({"until": 3}, "unknown key 'until'"),
         ({"stages": {"samples": {"do": "data.solutions", "policy": "@previous/improve"}}, "first": {}}, "the round before"),
         ({"stages": {"policy": {"do": "model.copy"}}, "first": {}}, "two stages are called policy"),
-        ({"stages": {"samples": {"do": "data.solutions", "policy": "@later"}}, "first": {}}, "stage samples-1: unknown reference '@later'"),
+        ({"stages": {"samples": {"do": "data.solutions", "policy": "@later"}}, "first": {}}, "unknown reference '@later'"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(tmp_path: Path, over: dict[str, Any], message: str) -> None:
