@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -302,3 +305,42 @@ def test_held_out_rows_are_checked_too_and_labels_are_no_layout(settings, train,
     (tmp_path / "held_out" / "step_format.json").write_text(json.dumps({**record, "separator_ids": [5]}))
     with pytest.raises(UserError, match=r"held_out: the step format of the data has separator_ids \(5,\)"):
         train("prm", values)
+
+
+# --- the end of a process among others --------------------------------------------------------------------------------
+
+_ABORTS_AT_ITS_END = """
+import atexit, os, sys
+import torch.distributed as dist
+from pathlib import Path
+from stepladder.trainers.common import StepladderArguments, run_trainer
+
+class Backend:
+    def __del__(self, abort=os.abort):
+        abort()  # as C++ threads do that nothing joined
+
+held = Backend()
+atexit.register(lambda: Path(said).write_text("the tracker has finished"))
+
+def train(args):
+    if "{group}":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    print("trained", args.output_dir)
+
+said = sys.argv.pop()
+run_trainer(StepladderArguments, train, "test")
+"""
+
+
+@pytest.mark.parametrize(("group", "status"), [("yes", 0), ("", -signal.SIGABRT)])
+def test_a_backend_that_aborts_at_the_end_fails_no_training(group: str, status: int, tmp_path: Path) -> None:
+    """A process that trained among others ends well whatever its backend's threads do; the second case shows what they do."""
+    ended = subprocess.run(
+        [sys.executable, "-c", _ABORTS_AT_ITS_END.replace("{group}", group), "--output_dir", "out", tmp_path / "said"],
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == status, ended.stderr
+    if group:
+        assert ended.stdout == "trained out\n"
+    assert (tmp_path / "said").read_text() == "the tracker has finished"
