@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .report import finite
+from ..basics import finite
 from .solving import Solved, Ways
 
 # Fields that say something about the request and nothing about the answer.

@@ -337,7 +337,8 @@ def _import_reward(rest: list[str]) -> None:
     if given is None:
         return
     model, options = given
-    from ..models.formats import Given, import_reward
+    from ..models.formats import Given
+    from ..models.import_reward import import_reward
 
     said = {field.name: getattr(options, field.name) for field in dataclasses.fields(Given)}
     found = import_reward(model, options.format, options.out, Given(**said))

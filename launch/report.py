@@ -6,7 +6,6 @@ gives "" where there is nothing to show, which leaves the section out; a page of
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
@@ -16,10 +15,11 @@ from typing import Any
 
 import yaml
 
-from ..basics import write_atomic
-from . import charts
+from ..basics import finite, write_atomic
+from . import charts, page
 from .report_corrections import corrections_section
-from .tables import CURVES, DIFFERENCE, Answers, Curves, Record, other_name, other_pairs, short, show
+from .report_trees import LEAST_ROOM, ROOM, trees_section
+from .tables import CURVES, DIFFERENCE, Answers, Curves, Record, other_name, other_pairs, short
 
 # Of metrics.jsonl; each beside its eval_ twin.
 SHOWN_METRICS = (
@@ -52,8 +52,6 @@ def write_run_report(
     evaluation stages kept to be shown (`solutions`, `calibration`, `values`, `corrections`), `searches` the records of search
     stages, of which as many trees are shown as a page has room for.
     """
-    from .report_trees import LEAST_ROOM, ROOM, trees_section
-
     sections = [
         ("Results", results_section(records)),
         ("Choosing among k samples", pool_section(records)),
@@ -67,7 +65,7 @@ def write_run_report(
     ]
     room = max(LEAST_ROOM, ROOM - sum(len(body) for _, body in sections))
     sections.insert(5, ("Search trees", trees_section(searches or {}, room)))
-    write_report(path, title, sections, intro=f"<p>Made by <code>{_text(command)}</code></p>" if command else "")
+    write_report(path, title, sections, intro=f"<p>Made by <code>{page.text(command)}</code></p>" if command else "")
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[tuple[str, str]], intro: str = "") -> None:
@@ -75,17 +73,17 @@ def write_report(path: str | Path, title: str, sections: Sequence[tuple[str, str
     kept = [(name, body) for name, body in sections if body]
     # The number keeps two sections of one name apart.
     ids = [f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{i}" for i, (name, _) in enumerate(kept, 1)]
-    links = "".join(f'<a href="#{i}">{_text(name)}</a>' for i, (name, _) in zip(ids, kept, strict=True))
+    links = "".join(f'<a href="#{i}">{page.text(name)}</a>' for i, (name, _) in zip(ids, kept, strict=True))
     body = "".join(
-        f'<section aria-labelledby="{i}"><h2 id="{i}">{_text(name)}</h2>{part}</section>'
+        f'<section aria-labelledby="{i}"><h2 id="{i}">{page.text(name)}</h2>{part}</section>'
         for i, (name, part) in zip(ids, kept, strict=True)
     )
-    page = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-    parts = {"title": _text(title), "intro": intro, "links": links, "body": body}
+    whole = (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
+    parts = {"title": page.text(title), "intro": intro, "links": links, "body": body}
     # In one pass: a model may well write {{body}}.
-    page = re.sub(r"\{\{(title|intro|links|body)\}\}", lambda match: parts[match[1]], page)
+    whole = re.sub(r"\{\{(title|intro|links|body)\}\}", lambda match: parts[match[1]], whole)
     # Model text may hold half a surrogate pair, which UTF-8 has no bytes for.
-    write_atomic(path, page.encode("utf-8", "replace"))
+    write_atomic(path, whole.encode("utf-8", "replace"))
 
 
 # --- results -----------------------------------------------------------------------------------------------------------
@@ -107,13 +105,13 @@ def _answers_table(answers: Answers) -> str:
     groups += [(name, policies) for name in ("generated tokens", "FLOPs", "seconds")]
     rows = []
     for row in answers.rows:
-        cells = [_cell(answers.find(p, row)) for p in policies]
-        cells += [_cell(answers.find(p, row, metric), difference=True) for p, metric in differences]
+        cells = [page.cell(answers.find(p, row)) for p in policies]
+        cells += [page.cell(answers.find(p, row, metric), difference=True) for p, metric in differences]
         paid = [answers.cost(p, row) for p in policies]
         cells += [f"{r['tokens']:,}" if r else "-" for r in paid]
         cells += [short(r["flops"]) if r else "-" for r in paid]
         cells += [f"{r['seconds']:,.1f}" if r else "-" for r in paid]
-        rows.append([_text(answers.label(row)), *cells])
+        rows.append([page.text(answers.label(row)), *cells])
     found = [answers.cost(p, row) for p in policies for row in answers.rows]
     counts = sorted({r["n"] for r in found if r})
     caption = (
@@ -121,7 +119,7 @@ def _answers_table(answers: Answers) -> str:
         "paired, and bold where the interval leaves out 0. pass@N asks whether any of N samples is right: no way to choose "
         "can exceed it. FLOPs are 2 x parameters x tokens, forward, of the policy and of the reward model that chose."
     )
-    return _table("How well each policy answers", groups, rows, caption)
+    return page.table("How well each policy answers", groups, rows, caption)
 
 
 def _others_table(records: Sequence[Record]) -> str:
@@ -129,13 +127,13 @@ def _others_table(records: Sequence[Record]) -> str:
     for measured, closed in other_pairs(records):
         record = measured or closed
         assert record is not None
-        cells = [_cell(measured), _cell(closed) if closed else "", f"{record['n']:,}" if record["n"] else ""]
+        cells = [page.cell(measured), page.cell(closed) if closed else "", f"{record['n']:,}" if record["n"] else ""]
         costs = [
             short(record["flops"]) if record["flops"] else "",
             f"{record['seconds']:,.1f}" if record["seconds"] else "",
         ]
         measure, of = other_name(record, records)
-        rows.append([_text(f"{of}: {measure}"), *cells, *costs])
+        rows.append([page.text(f"{of}: {measure}"), *cells, *costs])
     if not rows:
         return ""
     caption = (
@@ -143,15 +141,7 @@ def _others_table(records: Sequence[Record]) -> str:
         "value, and beside value_rms_gap what the sampling of the counts alone makes it."
     )
     heads = ["measured", "closed form", "n", "FLOPs", "seconds"]
-    return _table("Reward models and labels", [("", heads)], rows, caption)
-
-
-def _cell(record: Record | None, difference: bool = False) -> str:
-    value, _, interval = show(record).partition(" ")
-    small = f"<small>{interval}</small>" if interval else ""
-    if difference and record and record["ci"] and not record["ci"][0] <= 0 <= record["ci"][1]:
-        value = f"<b>{value}</b>"
-    return value + small
+    return page.table("Reward models and labels", [("", heads)], rows, caption)
 
 
 def _answers_plots(answers: Answers) -> str:
@@ -171,7 +161,7 @@ def _answers_plots(answers: Answers) -> str:
     if not any(any(values) for _, values in rows):
         return ""
     parts = [
-        _figure(
+        page.figure(
             "Accuracy of each arm",
             charts.interval_chart(rows, answers.policies, "accuracy, %"),
             "Bars: 95 % intervals.",
@@ -181,12 +171,12 @@ def _answers_plots(answers: Answers) -> str:
     if heights:
         y = (max(0.0, min(heights) - 5), min(102.0, max(heights) + 5))
         panels = "".join(
-            f"<div><h4>{_text(p)}</h4>{charts.cost_chart(points[p], s, y, ('generated tokens', 'accuracy, %'))}</div>"
+            f"<div><h4>{page.text(p)}</h4>{charts.cost_chart(points[p], s, y, ('generated tokens', 'accuracy, %'))}</div>"
             for s, p in enumerate(answers.policies)
             if p in points
         )
         parts.append(
-            _figure(
+            page.figure(
                 "Accuracy over what it cost", f'<div class="panels">{panels}</div>', "The cost axis is logarithmic."
             )
         )
@@ -224,26 +214,26 @@ def pool_section(records: Sequence[Record]) -> str:
             if points:
                 drawn[words] = points
         if drawn:
-            panels.append(f"<div><h4>{_text(of)}</h4>{charts.pool_chart(drawn, 'samples k', 'accuracy, %')}</div>")
+            panels.append(f"<div><h4>{page.text(of)}</h4>{charts.pool_chart(drawn, 'samples k', 'accuracy, %')}</div>")
     tables = []
     for kind in curves.kinds:
         groups_of_columns = [("", [f"k = {k}" for k in curves.ks])]
         rows = [
-            [_text(label), *(_cell(r, difference=kind == "minus_majority") for r in found)]
+            [page.text(label), *(page.cell(r, difference=kind == "minus_majority") for r in found)]
             for label, found in curves.rows(kind)
         ]
         if kind == "accuracy":
-            tables.append(_table(CURVES[kind], groups_of_columns, rows))
+            tables.append(page.table(CURVES[kind], groups_of_columns, rows))
         else:
-            table = _table("", groups_of_columns, rows)
-            tables.append(f"<details><summary>{_text(CURVES[kind])}</summary>{table}</details>")
+            table = page.table("", groups_of_columns, rows)
+            tables.append(f"<details><summary>{page.text(CURVES[kind])}</summary>{table}</details>")
     figure = ""
     if panels:
         words = (
             "Expected accuracy of k samples drawn from the pool. pass@k asks whether any is right, and no choice can exceed it; "
             "majority needs no model. How step scores become one number is named behind the model."
         )
-        figure = _figure("", charts.legend(list(series)) + f'<div class="panels">{"".join(panels)}</div>', words)
+        figure = page.figure("", charts.legend(list(series)) + f'<div class="panels">{"".join(panels)}</div>', words)
     return figure + "".join(tables)
 
 
@@ -254,9 +244,9 @@ def values_section(data: Mapping[str, Sequence[Sequence[float]]] | None) -> str:
         points = [(score, (value, value, value)) for score, value, _ in bins]
         if points:
             chart = charts.reliability_chart(points, ("step score", "exact value of the policy"))
-            panels.append(f"<div><h4>{_text(arm)}</h4>{chart}</div>")
+            panels.append(f"<div><h4>{page.text(arm)}</h4>{chart}</div>")
     words = "The probability that the policy ends right from a step, computed and not sampled. On the dashed line a score is it."
-    return _figure("", f'<div class="panels">{"".join(panels)}</div>', words) if panels else ""
+    return page.figure("", f'<div class="panels">{"".join(panels)}</div>', words) if panels else ""
 
 
 # --- training and step scores ------------------------------------------------------------------------------------------
@@ -276,7 +266,7 @@ def curves_section(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                     drawn[name] = kept
             if drawn:
                 chart = charts.line_chart(drawn, "optimiser step", metric.replace("_", " "))
-                panels.append(f"<div><h4>{_text(stage)}</h4>{chart}</div>")
+                panels.append(f"<div><h4>{page.text(stage)}</h4>{chart}</div>")
                 evaluated |= len(drawn) > 1
     if not panels and not lost:
         return ""
@@ -284,7 +274,7 @@ def curves_section(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     if lost:
         words += f" {lost} values are not finite and were left out."
     names = charts.legend(["training", "evaluation"]) if evaluated else ""
-    return _figure("", f'{names}<div class="panels small">{"".join(panels)}</div>', words)
+    return page.figure("", f'{names}<div class="panels small">{"".join(panels)}</div>', words)
 
 
 def calibration_section(data: Mapping[str, Sequence[Any]] | None) -> str:
@@ -312,7 +302,7 @@ def calibration_section(data: Mapping[str, Sequence[Any]] | None) -> str:
     )
     if len(pairs) < len(data["scores"] if data else []):
         words += f" {len(data['scores'] if data else []) - len(pairs):,} steps have no score or no verdict."
-    return _figure("", f'<div class="panels">{panels}</div>', words)
+    return page.figure("", f'<div class="panels">{panels}</div>', words)
 
 
 def wilson(right: int, n: int) -> charts.Interval:
@@ -342,9 +332,9 @@ def costs_section(costs: Mapping[str, Mapping[str, float]]) -> str:
     rows = []
     for name, cost in [*costs.items(), ("together", total)]:
         counts = [f"{cost.get(key, 0):,.0f}" for key in list(columns)[:4]]
-        rows.append([_text(name), *counts, short(cost.get("flops", 0)), f"{cost.get('seconds', 0):,.1f}"])
+        rows.append([page.text(name), *counts, short(cost.get("flops", 0)), f"{cost.get('seconds', 0):,.1f}"])
     caption = "FLOPs are 2 x parameters x tokens, forward; a prefix that samples share is prefilled once."
-    return _table("", [("", list(columns.values()))], rows, caption)
+    return page.table("", [("", list(columns.values()))], rows, caption)
 
 
 def provenance_section(manifest: Mapping[str, Any]) -> str:
@@ -356,16 +346,16 @@ def provenance_section(manifest: Mapping[str, Any]) -> str:
             for key, inner in value.items():
                 add(f"{name}: {key}" if name else str(key), inner)
         else:
-            flat.append([_text(name), _text(value)])
+            flat.append([page.text(name), page.text(value)])
 
     config = manifest.get("config")
     if isinstance(config, Mapping) and "seed" in config:
         add("seed", config["seed"])
     add("", {key: value for key, value in manifest.items() if key not in ("config", "command")})
-    parts = [_table("", [("", ["value"])], flat)] if flat else []
+    parts = [page.table("", [("", ["value"])], flat)] if flat else []
     if config:
         text = yaml.safe_dump(json.loads(json.dumps(config, default=str)), sort_keys=False, allow_unicode=True)
-        parts.append(f"<details><summary>The recipe</summary><pre>{_text(text)}</pre></details>")
+        parts.append(f"<details><summary>The recipe</summary><pre>{page.text(text)}</pre></details>")
     return "".join(parts)
 
 
@@ -380,7 +370,7 @@ def solutions_section(solutions: Sequence[Mapping[str, Any]]) -> str:
     """
     if not solutions:
         return ""
-    data = embedded(finite(solutions))
+    data = page.embedded(finite(solutions))
     exact = any(right is not None for s in solutions for right in s["step_right"])
     marks = (
         "✓ and ✗ are the exact checker's verdict on the step. "
@@ -404,55 +394,3 @@ def solutions_section(solutions: Sequence[Mapping[str, Any]]) -> str:
         "<noscript><p>The solutions need JavaScript; they are in this file as JSON.</p></noscript>"
         f'<script type="application/json" class="solutions">{data}</script></div>'
     )
-
-
-def embedded(value: Any) -> str:
-    """JSON to stand in a script element."""
-    # Only "<" could end the element early; ASCII keeps half surrogate pairs whole.
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def finite(value: Any) -> Any:
-    """The value with null for every number that JSON cannot write."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-# --- pieces ------------------------------------------------------------------------------------------------------------
-
-
-def _figure(title: str, body: str, words: str) -> str:
-    head = f"<h3>{_text(title)}</h3>" if title else ""
-    return f"<figure>{head}{body}<figcaption>{_text(words)}</figcaption></figure>"
-
-
-def _table(
-    title: str, groups: Sequence[tuple[str, Sequence[str]]], rows: Sequence[Sequence[str]], caption: str = ""
-) -> str:
-    """A table of HTML cells whose first is the row's head; columns come in named groups."""
-    names = [name for _, columns in groups for name in columns]
-    starts = {sum(len(columns) for _, columns in groups[:g]) for g in range(len(groups))} - {0}
-    mark = lambda i: ' class="start"' if i in starts else ""
-    above = ""
-    if any(group for group, _ in groups):
-        tops = "".join(f'<th class="start" scope="colgroup" colspan="{len(c)}">{_text(g)}</th>' for g, c in groups)
-        above = f"<tr><td></td>{tops}</tr>"
-    heads = "".join(f'<th scope="col"{mark(i)}>{_text(name)}</th>' for i, name in enumerate(names))
-    lines = "".join(
-        f'<tr><th scope="row">{row[0]}</th>'
-        + "".join(f"<td{mark(i)}>{cell}</td>" for i, cell in enumerate(row[1:]))
-        + "</tr>"
-        for row in rows
-    )
-    words = f'<p class="hint">{_text(caption)}</p>' if caption else ""
-    head = f"<h3>{_text(title)}</h3>" if title else ""
-    # Whoever has no mouse scrolls a wide table with the keyboard, so it must take the focus.
-    region = f'<div class="wide" tabindex="0" role="region" aria-label="{_text(title or "table")}">'
-    return f"{head}{region}<table><thead>{above}<tr><td></td>{heads}</tr></thead><tbody>{lines}</tbody></table></div>{words}"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from . import page
 
 
 def corrections_section(chains: Sequence[Mapping[str, Any]]) -> str:
@@ -14,7 +15,7 @@ def corrections_section(chains: Sequence[Mapping[str, Any]]) -> str:
     """
     parts: list[str] = []
     for source in dict.fromkeys(chain["source"] for chain in chains):
-        parts.append(f"<h3>{_text(source)}</h3>")
+        parts.append(f"<h3>{page.text(source)}</h3>")
         for chain in chains:
             if chain["source"] == source:
                 parts.append(_chain(chain))
@@ -23,15 +24,11 @@ def corrections_section(chains: Sequence[Mapping[str, Any]]) -> str:
 
 def _chain(chain: Mapping[str, Any]) -> str:
     verdicts = " → ".join("✓ right" if attempt["right"] else "✗ wrong" for attempt in chain["attempts"])
-    body = [f"<pre>{_text(chain['prompt'])}</pre>"] if chain["prompt"] else []
+    body = [f"<pre>{page.text(chain['prompt'])}</pre>"] if chain["prompt"] else []
     for number, (attempt, said) in enumerate(zip(chain["attempts"], chain["said"], strict=True), 1):
         verdict = "✓ right" if attempt["right"] else "✗ wrong"
-        body.append(f"<p>Attempt {number}: {verdict}</p><pre>{_text(attempt['text'])}</pre>")
+        body.append(f"<p>Attempt {number}: {verdict}</p><pre>{page.text(attempt['text'])}</pre>")
         if said is not None:
             says = {True: "wrong", False: "right", None: "nothing that can be read"}[said["wrong"]]
-            body.append(f"<p>The critic says: {says}</p><pre>{_text(said['text'])}</pre>")
-    return f"<details><summary>{_text(chain['problem_id'])}: {verdicts}</summary>{''.join(body)}</details>"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
+            body.append(f"<p>The critic says: {says}</p><pre>{page.text(said['text'])}</pre>")
+    return f"<details><summary>{page.text(chain['problem_id'])}: {verdicts}</summary>{''.join(body)}</details>"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import charts
-from .report import _cell, _figure, _table, _text, costs_section, write_report
+from . import charts, page
+from .report import costs_section, write_report
 from .report_trees import LEAST_ROOM, ROOM, trees_section
 from .tables import Record, short
 
@@ -72,7 +72,7 @@ def curves_figures(details: Mapping[str, Any]) -> str:
                 panels.append(f"<div>{charts.curve_chart(lines, (label, 'accuracy, %'))}</div>")
         if panels:
             words = "The cost axis is logarithmic. FLOPs count the policy and the reward model, forward."
-            parts.append(_figure(WORDS[rule].capitalize(), f'<div class="panels">{"".join(panels)}</div>', words))
+            parts.append(page.figure(WORDS[rule].capitalize(), f'<div class="panels">{"".join(panels)}</div>', words))
     return "".join(parts)
 
 
@@ -90,9 +90,9 @@ def matched_section(records: Sequence[Record], details: Mapping[str, Any]) -> st
         for budget in budgets:
             one = found.get((f"{arm}~{budget}", metric))
             mark = f" <small>@{chosen[arm, budget]}</small>" if (arm, budget) in chosen else ""
-            cells.append(_cell(one) + mark if one else "-")
-        cells += [_cell(found.get((f"{arm}~{budget}", minus)), difference=True) for budget in budgets]
-        rows.append([_text(arm), *cells])
+            cells.append(page.cell(one) + mark if one else "-")
+        cells += [page.cell(found.get((f"{arm}~{budget}", minus)), difference=True) for budget in budgets]
+        rows.append([page.text(arm), *cells])
     heads = [f"{reference}@{budget}" for budget in budgets]
     caption = (
         f"Each column allows the FLOPs, policy and reward model together, of {reference} at that budget and the slack of the "
@@ -101,7 +101,7 @@ def matched_section(records: Sequence[Record], details: Mapping[str, Any]) -> st
         "takes each level of difficulty's best arm on one half of its problems and is measured on the other; what it costs "
         "to tell the level is not charged."
     )
-    return _table("", [("accuracy, %", heads), ("difference, points", heads)], rows, caption) if rows else ""
+    return page.table("", [("accuracy, %", heads), ("difference, points", heads)], rows, caption) if rows else ""
 
 
 def levels_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
@@ -112,14 +112,16 @@ def levels_section(records: Sequence[Record], details: Mapping[str, Any]) -> str
         return ""
     arms = list(dict.fromkeys(arm for arm, _ in found))
     counts = {level: next(r["n"] for (_, m), r in found.items() if m.endswith(f"_{level}")) for level in levels}
-    rows = [[_text(arm), *(_cell(found.get((arm, f"accuracy_level_{level}"))) for level in levels)] for arm in arms]
+    rows = [
+        [page.text(arm), *(page.cell(found.get((arm, f"accuracy_level_{level}"))) for level in levels)] for arm in arms
+    ]
     heads = [f"level {level} (n = {counts[level]})" for level in levels]
     caption = "Levels are quantiles of the share of right samples (oracle), 1 the easiest. Weighted vote."
-    parts = [_table("Accuracy by level, %", [("", heads)], rows, caption)]
-    lines = [[_text(name), *(_text(" / ".join(one.get(level, []))) for level in levels)] for name, one in
+    parts = [page.table("Accuracy by level, %", [("", heads)], rows, caption)]
+    lines = [[page.text(name), *(page.text(" / ".join(one.get(level, []))) for level in levels)] for name, one in
              details["choices"].items()]  # fmt: skip
     if lines:
-        table = _table(
+        table = page.table(
             "", [("", [f"level {level}" for level in levels])], lines, "What each half of the problems chose."
         )
         parts.append(f"<details><summary>Which arm was chosen for which level</summary>{table}</details>")
@@ -136,10 +138,10 @@ def coverage_section(data: Mapping[str, Any] | None) -> str:
         lines["exp(a k^b)"] = [(float(k), 100 * math.exp(law["a"] * k ** law["b"])) for k in data["k"]]
         words += f" The law: a = {law['a']:.3g}, b = {law['b']:.3g}, off by {100 * law['rmse']:.2f} points (root mean square)"
         words += f" and {100 * law['worst']:.2f} at most."
-    shares = [_text(str(n)) for n in data["right_share_histogram"]]
+    shares = [page.text(str(n)) for n in data["right_share_histogram"]]
     heads = [f"{i / 10:.1f}" for i in range(10)]
-    table = _table("Problems by their share of right samples, from", [("", heads)], [["problems", *shares]])
-    return _figure("", charts.curve_chart(lines, ("samples k", "coverage, %")), words) + table
+    table = page.table("Problems by their share of right samples, from", [("", heads)], [["problems", *shares]])
+    return page.figure("", charts.curve_chart(lines, ("samples k", "coverage, %")), words) + table
 
 
 def runs_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
@@ -149,10 +151,10 @@ def runs_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
     number = lambda value: "-" if value is None else f"{value:.1f}"
     for run in details["runs"]:
         name = f"{run['arm']}@{run['budget']}"
-        cells = [_cell(found.get((f"{rule}/{name}", "accuracy"))) for rule in WORDS]
+        cells = [page.cell(found.get((f"{rule}/{name}", "accuracy"))) for rule in WORDS]
         about = run["about"]
         behaviour = [number(about.get(key)) for key in ("solutions", "steps_of_the_chosen", "different_answers")]
-        rows.append([_text(name), *cells, f"{run['tokens']:,.0f}", short(run["flops"]["best"]), *behaviour])
+        rows.append([page.text(name), *cells, f"{run['tokens']:,.0f}", short(run["flops"]["best"]), *behaviour])
     groups = [
         ("accuracy, %", [WORDS[rule] for rule in WORDS]),
         ("cost a problem", ["generated tokens", "FLOPs"]),
@@ -162,7 +164,7 @@ def runs_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
         "Chosen solutions that get shorter, or answers that get fewer, as the budget grows are signs of a search that exploits "
         "its reward model."
     )
-    return _table("", groups, rows, caption)
+    return page.table("", groups, rows, caption)
 
 
 def save_curves(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], cost: str, title: str) -> None:

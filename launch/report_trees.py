@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .report import _text, embedded, finite
+from ..basics import finite
+from . import page
 
 ROOM = 1_900_000  # bytes of a whole page that should be easy to mail and to open
 LEAST_ROOM = 200_000  # for the trees of a page that is large already
@@ -42,7 +43,7 @@ def trees_section(searches: Mapping[str, Iterable[Mapping[str, Any]]], room: int
                 used += len(one.trees[place])
     parts = []
     for name, trees in shown.items():
-        head = embedded({"name": name, "strategy": packed[name].strategy})
+        head = page.embedded({"name": name, "strategy": packed[name].strategy})
         parts.append(f'{head[:-1]},"trees":[{",".join(trees)}]}}')
     counts = "; ".join(
         f"{name}: {len(trees)} of {packed[name].records} problems"
@@ -64,7 +65,7 @@ def trees_section(searches: Mapping[str, Iterable[Mapping[str, Any]]], room: int
         '<p class="hint">Bar and number: the score that guided the search. A pruned step was not gone on from; a '
         "finished solution ends in its answer, with ✓ or ✗ as the verifier found it. The line on the left marks the way to "
         "the solution that was chosen. Keys: up and down move, right and left open and close, * opens what is beside, Home "
-        f'and End.</p><p class="hint">Trees shown: {_text(counts)}.</p>'
+        f'and End.</p><p class="hint">Trees shown: {page.text(counts)}.</p>'
         '<div class="prompt"></div>'
         '<div class="wide" tabindex="0" role="region" aria-label="answers"><table class="votes"></table></div>'
         f'<div class="controls">{button("way", "way to the chosen")} {button("open", "open all")} '
@@ -118,4 +119,4 @@ def pack(record: Mapping[str, Any]) -> str:
         "nodes": nodes,
         "finals": [[f["node"], score(f["score"]), f["answer"], f["outcome"]] for f in record["finals"]],
     }
-    return embedded(finite(value))
+    return page.embedded(finite(value))

@@ -6,8 +6,8 @@ import json
 import shutil
 import sys
 
+from ..basics import finite
 from .options_solve import Solve
-from .report import finite
 from .solving import Solver
 from .tree_text import solved_text
 

@@ -141,7 +141,7 @@ def load_engine(
     if backend == "vllm":
         from .vllm_engine import VLLMEngine
 
-        return VLLMEngine(path)
+        return VLLMEngine(path, load_tokenizer(path))
     if backend == "openai":
         from .openai_engine import OpenAIEngine
 

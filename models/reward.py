@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ..basics import UserError
+from .formats import foreign_format
 from .heads import HeadedModel, load_scoring_model
 from .ledger import Ledger
 from .loading import load_tokenizer, pick_device
@@ -105,8 +106,6 @@ class RewardModel:
         if isinstance(format, StepFormat):
             step_format = format
         elif format:
-            from .formats import foreign_format
-
             step_format = foreign_format(path, format)
         else:
             step_format = StepFormat.load(path)

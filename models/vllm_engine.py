@@ -9,7 +9,6 @@ from typing import Any
 from ..basics import UserError
 from .engine import Request, Sample, Sampling, StopReason
 from .ledger import Ledger
-from .loading import load_tokenizer
 
 
 class VLLMEngine:
@@ -25,8 +24,8 @@ class VLLMEngine:
     def __init__(
         self,
         path: str,
+        tokenizer: Any,
         *,
-        tokenizer: Any = None,
         dtype: str = "auto",
         name: str = "",
         parameters: int | None = None,
@@ -40,7 +39,7 @@ class VLLMEngine:
                 "the vllm backend needs vLLM, in an environment of its own because it fixes the versions of torch and "
                 f"transformers: pip install 'stepladder[vllm]' ({error})"
             ) from error
-        self.tokenizer = tokenizer if tokenizer is not None else load_tokenizer(path)
+        self.tokenizer = tokenizer
         options = {"enable_prefix_caching": True, "logprobs_mode": "processed_logprobs", "seed": 0, **options}
         try:
             self.llm = vllm.LLM(model=path, dtype=dtype, trust_remote_code=False, **options)

@@ -147,4 +147,4 @@ def vllm_engine(path: str, tokenizer: Any, options: dict[str, Any]) -> Any:
         raise UserError("backend vllm needs VLLM_ENABLE_V1_MULTIPROCESSING=0: its weights are overwritten in process")
     from ..models.vllm_engine import VLLMEngine
 
-    return VLLMEngine(path, tokenizer=tokenizer, **options)
+    return VLLMEngine(path, tokenizer, **options)

@@ -25,7 +25,8 @@ from transformers import (
 from stepladder.basics import UserError
 from stepladder.launch.cli import main
 from stepladder.models.export import Wanted, export_reward, pass_through_mlp
-from stepladder.models.formats import CONVENTIONS, Given, foreign_format, import_reward, likely_format
+from stepladder.models.formats import CONVENTIONS, Given, foreign_format
+from stepladder.models.import_reward import import_reward, likely_format
 from stepladder.models.lab import lab_config
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.prefix_cache import PrefixCache

@@ -55,7 +55,7 @@ def output(ids: Sequence[int], finish: str | None, reason: Any = None, *, logpro
 
 
 def engine(tokenizer: Any, **options: Any) -> VLLMEngine:
-    return VLLMEngine("some/model", tokenizer=tokenizer, parameters=5, **options)
+    return VLLMEngine("some/model", tokenizer, parameters=5, **options)
 
 
 def test_parameters_sent(fake_vllm: Any, lab_words: Any) -> None:
@@ -121,13 +121,13 @@ def test_parameters_are_counted_without_weights(
 ) -> None:
     model = tiny_policy(lab_words)
     model.config.save_pretrained(tmp_path)
-    made = VLLMEngine(str(tmp_path), tokenizer=lab_words)
+    made = VLLMEngine(str(tmp_path), lab_words)
     assert made.parameters == model.num_parameters()
 
 
 def test_mistakes(fake_vllm: Any, lab_words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"broken: vLLM could not load the model \(no such architecture\)"):
-        VLLMEngine("broken", tokenizer=lab_words)
+        VLLMEngine("broken", lab_words)
     fake_vllm.answer = lambda ids, params: output([8], "abort")
     with pytest.raises(RuntimeError, match="finish_reason 'abort'"):
         engine(lab_words).generate([Request((5,), (1,))], Sampling(1))
@@ -138,7 +138,7 @@ def test_mistakes(fake_vllm: Any, lab_words: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_new_weights_go_to_the_model_and_empty_the_cache(fake_vllm: Any, lab_words: Any) -> None:
-    engine = VLLMEngine("some", tokenizer=lab_words, parameters=1)
+    engine = VLLMEngine("some", lab_words, parameters=1)
     told: list[Any] = []
     model = SimpleNamespace(load_weights=lambda weights: told.append(dict(weights)))
     worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
