@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -11,11 +12,12 @@ from typing import Any
 import pytest
 
 from stepladder.basics import read_json
-from stepladder.data_gen import store
+from stepladder.data_gen import first_pit, mcts, mcts_dpo, omegaprm, store
 from stepladder.data_gen.rows import Pair, StepLabels, Tree
 from stepladder.data_gen.store import read_about, read_rows
-from stepladder.launch import stages
+from stepladder.launch import options_data, options_preferences, stages
 from stepladder.launch.cli import main
+from stepladder.launch.options import settings_of
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
@@ -55,6 +57,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_scorer: Any) -> dict[st
     for stage in MADE:
         main(command(stage, folder / stage))
     return {stage: folder / stage for stage in MADE}
+
+
+@pytest.mark.parametrize(
+    ("settings", "config"),
+    [
+        (omegaprm.Options, options_data.OmegaPRMTrees),
+        (mcts.Options, options_data.MCTSTrees),
+        (first_pit.Options, options_data.FirstPit),
+        (mcts_dpo.Options, options_preferences.MCTSDPOTrees),
+    ],
+)
+def test_the_settings_of_a_search_are_the_fields_of_its_stage(settings: type, config: type) -> None:
+    assert settings_of(settings, config()) == settings()  # one default, wherever it is looked up
+    chosen = next(f.name for f in dataclasses.fields(settings) if type(f.default) is int)
+    assert getattr(settings_of(settings, config(**{chosen: 3})), chosen) == 3
 
 
 @pytest.mark.parametrize("stage", MADE)
