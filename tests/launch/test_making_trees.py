@@ -1,10 +1,9 @@
-"""The stages that grow trees: kills, shards and what is read out of them, on the policy that ships with the package."""
+"""The stages that grow trees: shards and what is read out of them, on the policy that ships with the package."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from stepladder.basics import read_json
-from stepladder.data_gen import first_pit, mcts, mcts_dpo, omegaprm, store
+from stepladder.data_gen import first_pit, mcts, mcts_dpo, omegaprm
 from stepladder.data_gen.rows import Pair, StepLabels, Tree
 from stepladder.data_gen.store import read_about, read_rows
 from stepladder.launch import options_data, options_preferences, stages
@@ -37,12 +36,6 @@ def command(stage: str, out: Path, *more: str, limit: int = 6) -> list[str]:
         "data", stage, "--policy", LAB, "--task", TASK, "--out", str(out), "--limit", str(limit), "--unit_problems", "2",
         "--max_new_tokens", "64", *MADE[stage][1], *more,
     ]  # fmt: skip
-
-
-def costs(folder: Path) -> dict[str, Any]:
-    about = read_about(folder)
-    about["ledger"].pop("seconds")
-    return about
 
 
 @pytest.fixture(scope="module")
@@ -75,46 +68,11 @@ def test_the_settings_of_a_search_are_the_fields_of_its_stage(settings: type, co
 
 
 @pytest.mark.parametrize("stage", MADE)
-def test_a_run_that_was_cut_goes_on_to_the_same_bytes(
-    stage: str, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append = store._append
-    calls = []
-
-    def torn(part: Path, data: bytes) -> None:
-        """The second unit's rows are written in part, as by a kill in the middle of the write."""
-        calls.append(len(data))
-        if len(calls) == 3:  # the first call looks whether the folder can be written
-            append(part, data[: len(data) // 2])
-            raise KeyboardInterrupt
-        append(part, data)
-
-    monkeypatch.setattr(store, "_append", torn)
-    with pytest.raises(SystemExit):
-        main(command(stage, tmp_path / "out"))
-    monkeypatch.setattr(store, "_append", append)
-    assert not (tmp_path / "out" / "rows.parquet").exists()
-    main(command(stage, tmp_path / "out"))
-    assert (tmp_path / "out" / "rows.parquet").read_bytes() == (whole[stage] / "rows.parquet").read_bytes()
-    assert costs(tmp_path / "out") == costs(whole[stage])
-
-
-@pytest.mark.parametrize("stage", MADE)
 def test_shards_together_are_the_whole(stage: str, whole: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
     for shard in ("1/2", "0/2"):
         main(command(stage, tmp_path / "out", "--shard", shard))
     assert (tmp_path / "out" / "rows.parquet").read_bytes() == (whole[stage] / "rows.parquet").read_bytes()
     assert "this shard is done; others are still missing" in capsys.readouterr().out
-
-
-def test_kill_9_while_trees_grow(whole: dict[str, Path], starter: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    part = out / "part-00000-of-00001.jsonl"
-    written: Callable[[], bool] = lambda: part.exists() and os.path.getsize(part) > 0
-    ended = starter("stepladder", *command("omegaprm", out), folder=tmp_path, kill=written)
-    assert ended.status == -9, ended.err
-    assert starter("stepladder", *command("omegaprm", out), folder=tmp_path).status == 0
-    assert (out / "rows.parquet").read_bytes() == (whole["omegaprm"] / "rows.parquet").read_bytes()
 
 
 def test_what_is_lost_is_told(whole: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
