@@ -14,8 +14,8 @@ from stepladder.basics import read_json
 from stepladder.launch import stages
 from stepladder.launch.cli import main
 from stepladder.launch.pipeline import load_recipe, plan
-from stepladder.tasks.load import load_task
 from stepladder.models.lab import lab_config
+from stepladder.tasks.load import load_task
 
 FOLDER = Path(stages.__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("**/*.yaml"))
@@ -33,9 +33,9 @@ def test_a_recipe_begins_with_its_command_and_every_key_is_known(path: Path, tmp
     else:
         assert first_line.startswith("# stepladder "), first_line
         assert f"recipes/{path.relative_to(FOLDER).as_posix()}" in first_line
-    stages = plan(load_recipe(path, {}), tmp_path, str(path))
-    assert stages
-    for _, config in stages.values():
+    planned = plan(load_recipe(path, {}), tmp_path, str(path))
+    assert planned
+    for _, config in planned.values():
         task = config.get("task")
         if isinstance(task, dict) and task.get("kind", "chain") == "chain":
             assert load_task({"kind": "chain", **task})  # a recipe's settings of a task are merged with its defaults
