@@ -1,4 +1,4 @@
-"""kill -9 in every stage that makes rows from a policy: the same command goes on, and its rows are those of a run left alone."""
+"""kill -9 in every stage that makes rows from a policy: two shards go on, and their rows are those of a run left alone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kill_9_in_a_generator(stage: str, folder: Path, starter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     settings = {
-        "task": TASK, "policy": "run/policy", "max_new_tokens": 40, "limit": 3, "unit_problems": 1, **GENERATORS[stage]
+        "task": TASK, "policy": "run/policy", "max_new_tokens": 40, "limit": 2, "unit_problems": 1, **GENERATORS[stage]
     }  # fmt: skip
     config = Path(f"{stage}.yaml")
     config.write_text(json.dumps(settings))
@@ -81,7 +81,8 @@ def test_kill_9_in_a_generator(stage: str, folder: Path, starter: Any, monkeypat
     assert not (killed / "rows.parquet").exists()
     with part.open("ab") as file:
         file.write(b'{"row": {"problem_id": "ch')  # as if the kill had come in the middle of a write
-    main([*command, str(killed)])
+    for shard in ("1/2", "0/2"):  # and two go on where one was killed
+        main([*command, str(killed), "--shard", shard])
     for name in ("rows.parquet", *(path.name for path in whole.glob("search.jsonl"))):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     about = [read_about(out) for out in (whole, killed)]
