@@ -156,7 +156,8 @@ class _Place:
 def _nested_places(record: dict[str, Any], where: str) -> Iterator[_Place]:
     """The places of a record of the release's own shape, as far as its labelling goes on."""
     try:
-        prompt, prefix = record["question"]["problem"], ()
+        prompt = record["question"]["problem"]
+        prefix: tuple[str, ...] = ()
         for step in record["label"]["steps"]:
             found = [
                 _Step(c["text"].strip(), c.get("rating"), bool(c.get("is_solution")))

@@ -102,10 +102,10 @@ class Loaded:
 
     def forget(self) -> None:
         """Empties the caches."""
-        engines = [pair[0] for pair in (self.policy, self.critic) if pair is not None]
-        for model in (*engines, *self.rewards.values()):
+        models: list[Any] = [pair[0] for pair in (self.policy, self.critic) if pair is not None]
+        for model in (*models, *self.rewards.values()):
             if getattr(model, "cache", None) is not None:
-                model.cache = PrefixCache()  # type: ignore[union-attr]
+                model.cache = PrefixCache()
 
 
 def searchers(
