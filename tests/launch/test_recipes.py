@@ -208,7 +208,7 @@ def test_smollm2_prm800k_scaled_down(chat_model: Path, tmp_path: Path) -> None:
     main([
         "run", str(recipe), "--out", str(run), f"backbone.source={chat_model}", f"labels.file={labels}",
         "defaults.dtype=float32", "prm.max_length=512", "prm.lora_r=0", "prm.num_train_epochs=20", "prm.save_steps=1000",
-        "prm.gradient_accumulation_steps=1", "prm.learning_rate=3e-3",
+        "prm.gradient_accumulation_steps=1", "prm.per_device_train_batch_size=4", "prm.learning_rate=3e-3",
         f"bench.files={json.dumps(files)}",
     ])  # fmt: skip
     found = {(r["arm"], r["metric"]): r["value"] for r in read_json(run / "results.json")}
