@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_kill_9_in_a_generator(stage: str, folder: Path, starter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     settings = {
-        "task": TASK, "policy": "run/policy", "max_new_tokens": 40, "limit": 2, "unit_problems": 1, **GENERATORS[stage]
+        "task": TASK, "policy": "run/policy", "max_new_tokens": 40, "limit": 3, "unit_problems": 1, **GENERATORS[stage]
     }  # fmt: skip
     config = Path(f"{stage}.yaml")
     config.write_text(json.dumps(settings))
