@@ -24,7 +24,7 @@ class Options:
     strategy: str = "first_pit"  # or iid
     seeds: int = 8  # n_cov: rollouts from the question
     probes: int = 4  # rollouts of a prefix while promising states and pits are looked for
-    threshold: float = 0.25  # a state is promising if its share is greater than this
+    promising: float = 0.25  # a state is promising if its share is greater than this
     pits: int = 4  # wrong rollouts followed to their first pit
     rollouts: int = 20  # n_mc: rollouts of each kept prefix
 
@@ -54,7 +54,7 @@ def explore_question(cut: Cut, options: Options, seed: int) -> Growth[Found]:
 
     `iid`: all prefixes of all `seeds` rollouts from the question.
     `first_pit`: first one prefix of each seed, at a place drawn with `seed`, is probed with `probes` rollouts; states with a
-    share over `threshold`, the question itself among them, are promising. Their wrong rollouts, those of the best state first,
+    share over `promising`, the question itself among them, are promising. Their wrong rollouts, those of the best state first,
     are followed step by step, each prefix probed, to the first with no right rollout, the pit (a wrong solution ends in one). The
     prefixes up to and including it are kept. What chose a pit is not counted again: kept prefixes are valued by fresh rollouts,
     or values near a pit would be biased.
@@ -114,7 +114,7 @@ def _pits(found: Found, seeds: Sequence[Rollout], cut: Cut, options: Options, se
         if rollouts:
             shares[steps] = sum(r.right for r in rollouts) / len(rollouts)
             states.append((shares[steps], len(steps), rollouts))
-    promising = sorted((s for s in states if s[0] > options.threshold), key=lambda s: -s[0])
+    promising = sorted((s for s in states if s[0] > options.promising), key=lambda s: -s[0])
     found.counts["promising states"] += len(promising)
     if not promising:
         found.dropped = "questions without a promising state"

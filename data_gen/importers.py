@@ -19,8 +19,8 @@ from .import_errors import big_bench_mistake, mr_ben, mr_gsm8k, prmbench, proces
 from .import_samples import gsm8k_solutions, math_best_of_8
 from .import_values import math_aps, math_shepherd, stepwise
 from .imported import LeftOut, Record, process_bench_record
-from .prm800k import prm800k
-from .rows import Solution, StepLabels, Tree
+from .prm800k import prm800k, prm800k_pairs
+from .rows import Pair, Solution, StepLabels, Tree
 from .store import UnitResult
 
 Reader = Callable[[Record], Iterator[Any]]
@@ -38,7 +38,7 @@ FORMATS: dict[str, tuple[type, Reader]] = {
     "gsm8k_solutions": (Solution, gsm8k_solutions),
     "math_best_of_8": (Solution, math_best_of_8),
 }
-NAMES = ("prm800k", *FORMATS)
+NAMES = ("prm800k", "prm800k_pairs", *FORMATS)
 
 
 @dataclass
@@ -68,11 +68,12 @@ def import_rows(
         from ..config import unknown_key
 
         raise unknown_key(format, NAMES, "import", "format")
-    made = StepLabels if format == "prm800k" else FORMATS[format][0]
+    whole: dict[str, tuple[type, Any]] = {"prm800k": (StepLabels, prm800k), "prm800k_pairs": (Pair, prm800k_pairs)}
+    made = {**whole, **FORMATS}[format][0]
     if row_type is not None and made is not row_type:
         raise UserError(f"format {format} gives {made.__name__} rows, {row_type.__name__} rows are needed")
-    if format == "prm800k":
-        found = prm800k(path, limit=limit, seed=seed)
+    if format in whole:  # a solution's steps lie in several records
+        found = whole[format][1](path, limit=limit, seed=seed)
         return Imported(found.rows, found.dropped)
     read = FORMATS[format][1]
     dropped: Counter[str] = Counter()

@@ -93,9 +93,10 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
 
     if not config.arms:
         raise UserError("arms is missing: name -> strategy, settings, budgets")
-    if any(arm.strategy not in UNGUIDED for arm in config.arms.values()):
-        required(config, "reward")
     searches = config.searches()
+    for search in searches.values():
+        if search.strategy not in UNGUIDED:
+            required(search, "reward")
     task = load_task(config.task)
     ids = [problem.id for problem in first(_split(task, config.split), config.limit)]
     loaded, unfinished = Loaded(), []
@@ -329,7 +330,8 @@ def _easiness(
     """How easy each problem is: by its share of right samples, and by the mean score, which needs no reference answer."""
     samples = pools[pool, config.budgets_of(config.arms[pool])[-1]]
     easy = {"oracle": {i: sum(p.right) / len(p.right) for i, p in samples.items()}}
-    if config.reward:
+    own = config.arms[pool].reward
+    if config.reward if own is None else own:
         easy["predicted"] = {i: sum(p.scores) / len(p.scores) for i, p in samples.items()}
     return easy
 

@@ -192,9 +192,9 @@ def evaluate_processbench(config: options_eval.EvaluateProcessBench, out: Path) 
         for subset, own in records.items()
     }
     found = judged(config, subsets, records, out)
-    thresholds = {"processbench": threshold_of(config, subsets, found)}
+    thresholds = {config.arm: threshold_of(config, subsets, found)}
     if config.tuned_too:
-        thresholds["processbench_tuned"] = threshold_of(dataclasses.replace(config, threshold=None), subsets, found)
+        thresholds[f"{config.arm}_tuned"] = threshold_of(dataclasses.replace(config, threshold=None), subsets, found)
     lines: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     for name, threshold in thresholds.items():

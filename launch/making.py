@@ -231,7 +231,7 @@ def make_best_solutions(config: options_data.BestSolutions, out: Path) -> bool:
 def import_prm800k(config: options_data.ImportPRM800K, out: Path) -> bool:
     """PRM800K ratings as StepLabels rows."""
     required(config, "file")
-    result = importers.prm800k(config.file, limit=config.limit, seed=config.seed)
+    result = importers.prm800k(config.file, neutral=config.neutral, limit=config.limit, seed=config.seed)
     write_rows(out, result.rows, dropped=result.dropped)
     return _finish(out, True)
 

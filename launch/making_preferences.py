@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..tasks.load import load_task
 from . import options_preferences
 from .making import _check_words, _finish, _policy, _sampling, _split
 from .making_trees import _copy_step_format, _over_problems
-from .options import chunks, first, required
+from .options import chunks, first, required, settings_of
 
 
 def make_solution_pairs(config: options_preferences.SolutionPairs, out: Path) -> bool:
@@ -75,10 +74,9 @@ def make_step_pairs(config: options_preferences.StepPairs, out: Path) -> bool:
 
 def make_mcts_dpo(config: options_preferences.MCTSDPOTrees, out: Path) -> bool:
     """Trees of MCTS-DPO."""
-    names = [field.name for field in dataclasses.fields(mcts_dpo.Options)]
     generate = functools.partial(
         mcts_dpo.mcts_dpo_trees,
-        options=mcts_dpo.Options(**{name: getattr(config, name) for name in names}),
+        options=settings_of(mcts_dpo.Options, config),
         question=config.question or mcts_dpo.SELF_EVALUATION,
         yes=config.yes,
     )

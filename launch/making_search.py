@@ -6,11 +6,11 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..basics import canonical_json, write_atomic, write_json
+from ..basics import UserError, canonical_json, write_atomic, write_json
 from ..data_gen.rows import Solution, Source
 from ..data_gen.searched import SEARCH_FILE, found_solutions, search_record
 from ..data_gen.store import Shard, UnitResult, make_rows
@@ -49,7 +49,8 @@ def make_search(config: options_search.Search, out: Path, loaded: Loaded | None 
             parts.extend(searchers(config, task, problems, loaded))
             write_json(out / ABOUT_FILE, _about(config, parts[0], parts[1]))
         engine, reward, policy, scorer = parts
-        others = [model.ledger for model in (reward, _critic_engine(policy, engine)) if model is not None]
+        models = (reward, getattr(scorer, "prover", None), _critic_engine(policy, engine))
+        others = [model.ledger for model in models if model is not None]
         spent = lambda: sum(others, engine.ledger.copy())
         before = spent()
         results = STRATEGIES[config.strategy][0](
@@ -73,8 +74,9 @@ def make_search(config: options_search.Search, out: Path, loaded: Loaded | None 
 
     complete = make_rows(out, Solution, units, work, shard=Shard.parse(config.shard), progress=out.name)
     if parts:
-        if parts[1] is not None:
-            tell_cut_steps(parts[1])
+        for judge in (parts[1], getattr(parts[3], "prover", None)):
+            if judge is not None:
+                tell_cut_steps(judge)
         if left_out := getattr(parts[2], "left_out", 0):
             print(
                 f"{out.name}: {left_out} earlier attempts did not fit into the context and were not shown", flush=True
@@ -89,14 +91,21 @@ class Loaded:
     """Models that several searches share, one after another. Each begins with empty caches, so that it pays its own cost."""
 
     policy: tuple[Engine, StepFormat] | None = None
-    reward: RewardModel | None = None
+    rewards: dict[str, RewardModel] = field(default_factory=dict)  # by folder: those that guide, and provers
     critic: tuple[Engine, StepFormat] | None = None
+
+    def reward(self, path: str, dtype: str) -> RewardModel:
+        """The reward model of a folder, loaded once."""
+        if path not in self.rewards:
+            self.rewards[path] = RewardModel.load(path, dtype=dtype, keep_prefixes=True)
+        return self.rewards[path]
 
     def forget(self) -> None:
         """Empties the caches."""
-        for model in (self.policy[0] if self.policy else None, self.reward, self.critic[0] if self.critic else None):
+        models: list[Any] = [pair[0] for pair in (self.policy, self.critic) if pair is not None]
+        for model in (*models, *self.rewards.values()):
             if getattr(model, "cache", None) is not None:
-                model.cache = PrefixCache()  # type: ignore[union-attr]
+                model.cache = PrefixCache()
 
 
 def searchers(
@@ -107,12 +116,14 @@ def searchers(
     if loaded.policy is None:
         loaded.policy = _policy(config, task, keep_prefixes=True)
         _check_words(config.policy, *loaded.policy, [problem.prompt for problem in problems])
-    if loaded.reward is None and config.reward:
-        loaded.reward = RewardModel.load(config.reward, dtype=config.reward_dtype, keep_prefixes=True)
+    reward = loaded.reward(config.reward, config.reward_dtype) if config.reward else None
+    prover = loaded.reward(config.prover, config.reward_dtype) if config.prover else None
+    if prover is not None and prover is reward:
+        raise UserError(f"prover: {config.prover} guides already; the policy as its own prover is prover_k 1")
     if loaded.critic is None and config.strategy == "corrections" and config.critic not in ("", "self"):
         loaded.critic = _policy(dataclasses.replace(config, policy=config.critic), task, keep_prefixes=True)
     loaded.forget()
-    (engine, step_format), reward = loaded.policy, loaded.reward
+    engine, step_format = loaded.policy
     arguments = (engine, step_format, task.step_separator, _sampling(config))
     policy: StepPolicy
     if config.strategy == "revisions":
@@ -132,7 +143,8 @@ def searchers(
         return engine, None, policy, lambda states: [0.0] * len(states)
     scorer: Scorer = RewardScorer(reward, config.aggregation)
     if config.alpha:
-        scorer = EffectiveScorer(reward, config.aggregation, alpha=config.alpha, prover_k=config.prover_k)
+        how: Any = {"alpha": config.alpha, "prover_k": config.prover_k, "prover": prover}
+        scorer = EffectiveScorer(reward, config.aggregation, **how)
     return engine, reward, policy, scorer
 
 
@@ -152,6 +164,7 @@ def _about(config: options_search.Search, engine: Any, reward: RewardModel | Non
         "aggregation": aggregation,
         "alpha": config.alpha,
         "prover_k": config.prover_k,
+        **({"prover": config.prover} if config.prover else {}),
         "parameters": {
             "policy": getattr(engine, "parameters", 0),
             "reward": reward.parameters if reward is not None else 0,

@@ -21,7 +21,7 @@ from ..tasks.base import Problem, StepChecker
 from ..tasks.load import load_task
 from . import options, options_data
 from .making import _check_words, _finish, _policy, _problems, _sampling, solution_groups, tell_cut_steps
-from .options import chunks, required
+from .options import chunks, required, settings_of
 
 
 def _over_problems(
@@ -48,16 +48,7 @@ def _over_problems(
 
 def make_omegaprm(config: options_data.OmegaPRMTrees, out: Path) -> bool:
     """Trees of OmegaPRM."""
-    options = omegaprm.Options(
-        rollouts=config.rollouts,
-        filter_rollouts=config.filter_rollouts,
-        search_limit=config.search_limit,
-        alpha=config.alpha,
-        beta=config.beta,
-        length_scale=config.length_scale,
-        c_puct=config.c_puct,
-        min_tokens=config.min_tokens,
-    )
+    options = settings_of(omegaprm.Options, config)
     return _over_problems(config, out, Tree, functools.partial(omegaprm.omegaprm_trees, options=options))
 
 
@@ -75,13 +66,7 @@ def make_best_first(config: options_data.BestFirstTrees, out: Path) -> bool:
 
 def make_mcts(config: options_data.MCTSTrees, out: Path) -> bool:
     """Search trees of AlphaMath."""
-    settings = mcts.Options(
-        simulations=config.simulations,
-        width=config.width,
-        max_depth=config.max_depth,
-        c_puct=config.c_puct,
-        terminal_backups=config.terminal_backups,
-    )
+    settings = settings_of(mcts.Options, config)
     value: list[RewardModel | None] = []
 
     def generate(engine: Any, *arguments: Any, **sampling: Any) -> UnitResult[Tree]:
@@ -103,14 +88,7 @@ def make_mcts(config: options_data.MCTSTrees, out: Path) -> bool:
 
 def make_first_pit(config: options_data.FirstPit, out: Path) -> bool:
     """Valued prefixes for PAV."""
-    options = first_pit.Options(
-        strategy=config.strategy,
-        seeds=config.seeds,
-        probes=config.probes,
-        threshold=config.promising,
-        pits=config.pits,
-        rollouts=config.rollouts,
-    )
+    options = settings_of(first_pit.Options, config)
     return _over_problems(config, out, StepLabels, functools.partial(first_pit.valued_prefixes, options=options))
 
 

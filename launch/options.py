@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -34,6 +35,11 @@ def first(items: Sequence[T], limit: int) -> Sequence[T]:
 def chunks(items: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive pieces of `size` items; the last may be shorter."""
     return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def settings_of(cls: type[T], config: Any) -> T:
+    """The dataclass `cls`, of which every field is one of `config` by the same name."""
+    return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})  # type: ignore[arg-type]
 
 
 @dataclass

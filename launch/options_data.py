@@ -260,8 +260,13 @@ class ImportPRM800K:
     """Imports PRM800K step ratings (StepLabels rows; +1 and 0 count as right, after arXiv:2501.07301)."""
 
     file: str = option("", "JSON Lines, gzipped or not: nested records or one row a rated step")
+    neutral: str = option("right", "what a rating of 0 is: right, or half (one of a count of two)")
     limit: int = option(0, "use at most so many solutions, drawn with the seed; 0 for all")
     seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        if self.neutral not in ("right", "half"):
+            raise ValueError(f"neutral must be right or half, found {self.neutral!r}")
 
 
 @dataclass
@@ -270,8 +275,8 @@ class Import:
 
     file: str = option("", "file (JSON, JSON Lines, parquet; gzipped or not) or hub id, owner/name:config:split")
     format: str = option(
-        "", "prm800k, math_shepherd, stepwise, math_aps, processbench, prmbench, mr_gsm8k, mr_ben, big_bench_mistake, "
-        "gsm8k_solutions or math_best_of_8"
+        "", "prm800k, prm800k_pairs, math_shepherd, stepwise, math_aps, processbench, prmbench, mr_gsm8k, mr_ben, "
+        "big_bench_mistake, gsm8k_solutions or math_best_of_8"
     )  # fmt: skip
     rollouts: int = option(
         0, "continuations that a share stands for, of math_aps (0: 32) and stepwise (0: labels are 0 or 1)"

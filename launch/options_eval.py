@@ -101,7 +101,8 @@ class EvaluateProcessBench(Judged):
     prm: str = option("", "short for kind: prm and model: ...")
     files: dict[str, str] = option({}, "subset -> JSON file or hub split of ProcessBench records")
     tune_on: str = option("gsm8k", "the subset a threshold is tuned on, for scalar models whose scale is free")
-    tuned_too: bool = option(False, "report the tuned threshold as well, as processbench_tuned, from the same scores")
+    tuned_too: bool = option(False, "report the tuned threshold as well, as ARM_tuned, from the same scores")
+    arm: str = option("processbench", "what the results are called, where several models are set beside each other")
 
 
 @dataclass

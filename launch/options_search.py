@@ -99,6 +99,7 @@ class Search(Correcting, WithPolicy):
     aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
     alpha: float = option(0.0, "weight of the advantage in the reward that guides (PAV); 0 guides by value alone")
     prover_k: int = option(4, "K of the Best-of-K prover whose advantage it is")
+    prover: str = option("", "a reward model whose values are the prover's, in place of Best-of-K of the policy")
     trees: int = option(100, "keep the trees of the first so many problems; 0 for none, -1 for all")
     revision_template: str = option(
         "{prompt}\n\nEarlier attempts, which may be wrong:\n\n{attempts}", "prompt of a revision"
@@ -118,6 +119,8 @@ class Search(Correcting, WithPolicy):
         self.settings = _as_value_error(strategy_settings, self.strategy, self.settings, "search")
         if self.alpha and self.settings.get("select") == "sample":
             raise ValueError("select: sample draws by scores of 0 or more; with alpha a score can be negative")
+        if self.prover and not self.alpha:
+            raise ValueError("prover is a second model that alpha 0 never asks: give alpha")
 
 
 @dataclass
@@ -155,9 +158,11 @@ class ComparedArm:
     strategy: str = option("beam", "one of " + ", ".join(STRATEGIES))
     settings: dict[str, Any] = option({}, "settings of the strategy, without the one that its budget goes by")
     budgets: list[int] | None = option(None, "budgets of this strategy in place of the common ones")
+    reward: str | None = option(None, "in place of the common one")
     aggregation: str | None = option(None, "in place of the common one")
     alpha: float = option(0.0, "weight of the advantage in the reward that guides")
     prover_k: int = option(4, "K of the Best-of-K prover")
+    prover: str = option("", "a reward model whose values are the prover's, in place of Best-of-K")
 
 
 @dataclass
@@ -168,7 +173,9 @@ class Compare(Correcting, WithPolicy):
     reward: str = option("", "the reward model that guides and chooses")
     reward_dtype: str = option("float32", "precision of the reward model")
     aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
-    arms: dict[str, ComparedArm] = option({}, "name -> strategy, settings, budgets, aggregation, alpha, prover_k")
+    arms: dict[str, ComparedArm] = option(
+        {}, "name -> strategy, settings, budgets, reward, aggregation, alpha, prover_k, prover"
+    )
     budgets: list[int] = option([1, 4, 16, 64], "what the budget setting of each strategy is set to")
     reference: str = option(
         "", "the arm whose costs are the ones to meet; empty takes the first of best_of_n, or of all"
@@ -210,8 +217,8 @@ class Compare(Correcting, WithPolicy):
             for budget in self.budgets_of(arm):
                 settings = with_budget(arm.strategy, arm.settings, budget)
                 values = {key: getattr(self, key) for key in shared}
-                values |= {"aggregation": self.aggregation if arm.aggregation is None else arm.aggregation}
-                values |= {"strategy": arm.strategy, "alpha": arm.alpha, "prover_k": arm.prover_k}
+                values |= {k: v for k in ("reward", "aggregation") if (v := getattr(arm, k)) is not None}
+                values |= {k: getattr(arm, k) for k in ("strategy", "alpha", "prover_k", "prover")}
                 try:
                     found[name, budget] = Search(**values, settings=settings)
                 except ValueError as error:

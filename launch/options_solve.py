@@ -38,6 +38,7 @@ class Solving(FromPolicy):
     aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
     alpha: float = option(0.0, "weight of the advantage in the reward that guides (PAV); 0 guides by value alone")
     prover_k: int = option(4, "K of the Best-of-K prover whose advantage it is")
+    prover: str = option("", "a reward model whose values are the prover's, in place of Best-of-K of the policy")
     choose: Choice = option(
         "",
         "the answer: best (the search's own), weighted or majority (votes); empty takes best with a reward model, else majority",

@@ -152,7 +152,8 @@ class Solver:
         return found, self._spent() - before
 
     def _spent(self) -> Ledger:
-        return self.engine.ledger + self.reward.ledger if self.reward is not None else self.engine.ledger.copy()
+        judges = [model for model in (self.reward, getattr(self.scorer, "prover", None)) if model is not None]
+        return sum((model.ledger for model in judges), self.engine.ledger.copy())
 
     def _solved(self, asked: Asked, result: SearchResult) -> Solved:
         source = Source(self.config.policy, self.engine.name, self.task.name, self.config.seed)

@@ -253,22 +253,32 @@ class EffectiveScorer:
     solutions by Q.
 
     Q_t is the reward model's score after t steps, Q_0 that of the empty prefix. The prover is Best-of-K of the policy, in
-    closed form: mu_t = 1 - (1 - Q_t)^K, and A_t = mu_t - mu_(t-1). With `aggregation` last, as in the paper, the newest
-    step counts.
+    closed form: mu_t = 1 - (1 - Q_t)^K, and A_t = mu_t - mu_(t-1); or mu_t is the score of a model of its own, `prover`.
+    With `aggregation` last, as in the paper, the newest step counts.
     """
 
-    def __init__(self, reward: ValueScorer, aggregation: str = "", *, alpha: float = 0.5, prover_k: int = 4) -> None:
+    def __init__(
+        self,
+        reward: ValueScorer,
+        aggregation: str = "",
+        *,
+        alpha: float = 0.5,
+        prover_k: int = 4,
+        prover: ValueScorer | None = None,
+    ) -> None:
         if prover_k < 1:
             raise ValueError(f"prover_k must be 1 or more, found {prover_k}")
         self.reward, self.aggregation = reward, aggregation or reward.step_format.aggregation
-        self.alpha, self.prover_k = alpha, prover_k
+        self.alpha, self.prover_k, self.prover = alpha, prover_k, prover
 
     def __call__(self, states: Sequence[State]) -> list[float]:
-        scores = self.reward.score_with_root([(state.prompt, state.steps) for state in states])
-        return [aggregate(self._effective(one), self.aggregation) for one in scores]
-
-    def _effective(self, values: Sequence[float]) -> list[float]:
-        return effective_rewards(values, alpha=self.alpha, k=self.prover_k)
+        solutions = [(state.prompt, state.steps) for state in states]
+        values = self.reward.score_with_root(solutions)
+        provers = [None] * len(values) if self.prover is None else self.prover.score_with_root(solutions)
+        return [
+            aggregate(effective_rewards(one, alpha=self.alpha, k=self.prover_k, prover=prover), self.aggregation)
+            for one, prover in zip(values, provers, strict=True)
+        ]
 
     def final(self, states: Sequence[State]) -> list[float]:
         """Q alone."""

@@ -46,8 +46,10 @@ class StepladderArguments(TrainingArguments):
     dtype: str = option("float32", "precision of the weights: float32, bfloat16, float16 or auto")
     max_rows: int = option(0, "use at most this many rows, drawn with the seed; 0 for all")
     like_lengths: bool = option(
-        True,
-        "put sequences of like lengths in one batch, so that padding is not what is trained; false where lengths are few",
+        True, "put sequences of like lengths in one batch, so that padding is not what is trained"
+    )
+    length_window: int = option(
+        50, "optimiser steps sorted by length together; 1: each holds all lengths, and only its micro-batches are alike"
     )
 
     output_dir: str = option("", "the folder that the checkpoint is written to")
@@ -62,6 +64,8 @@ class StepladderArguments(TrainingArguments):
             raise ValueError("output_dir is missing: the folder that the checkpoint is written to")
         if self.max_length < 2:
             raise ValueError(f"max_length must be 2 or more, found {self.max_length}")
+        if self.length_window < 1:
+            raise ValueError(f"length_window must be 1 or more, found {self.length_window}")
         if self.lora_r < 0:
             raise ValueError(f"lora_r must be 0 or more, found {self.lora_r}")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
@@ -110,6 +114,10 @@ class Examples(Dataset):
 
 class LikeLengths(Sampler[int]):
     """All indices once an epoch, shuffled, with like lengths beside each other; the order is a function of (seed, epoch).
+
+    `pool` batches are sorted together. Where lengths tell something of the targets, as those of solutions that are trained up
+    to their first error do, batches of one length are batches of one target: with a pool of 1 each batch is drawn at random
+    and only sorted inside, so that its micro-batches, and the shares of the processes, are of like lengths.
 
     transformers' own length-grouped sampler draws from the global generator, so that a resumed epoch has another order.
     """
@@ -241,7 +249,9 @@ class StepladderTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         data: Any = train_dataset if train_dataset is not None else self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LikeLengths(data.lengths, batch, self.args.seed, group=self.args.like_lengths)
+        return LikeLengths(
+            data.lengths, batch, self.args.seed, group=self.args.like_lengths, pool=self.args.length_window
+        )
 
 
 class MetricsFile(TrainerCallback):

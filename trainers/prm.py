@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import option
-from ..data_gen.rows import StepLabels, step_targets
+from ..data_gen.rows import StepLabels, step_targets, td_targets
 from ..models.loading import load_tokenizer
 from ..models.step_format import LabelKind, StepFormat
 from .common import picked, read_examples, run_trainer
 from .reward import RewardArguments, reward_format, target_example, train_reward
 
-KINDS = ("hard", "soft", "threshold")
+KINDS = ("hard", "soft", "threshold", "td")
 
 
 @dataclass
 class PRMArguments(RewardArguments):
     """Trains a process reward model on StepLabels rows."""
 
-    labels: str = option("hard", "from counts: hard (any continuation right), soft (share right) or threshold")
+    labels: str = option(
+        "hard",
+        "from counts: hard (any continuation right), soft (share right), threshold, or td (shares that look ahead)",
+    )
     threshold: float = option(0.0, "with labels: threshold, positive if the share is greater than this")
     after_first_zero: bool = option(False, "train on steps after the first step labelled 0 too")
     root: bool = option(False, "train the value of the empty prefix too, at the last prompt token")
@@ -38,7 +41,11 @@ def prm_example(
     row: StepLabels, tokenizer: Any, step_format: StepFormat, args: PRMArguments, counts: Counter[str]
 ) -> dict[str, Any] | None:
     """Targets at the last separator token of each step that has a label, with `root` at the last prompt token too."""
-    targets = step_targets(row, args.labels, args.threshold, after_first_zero=args.after_first_zero, root=args.root)
+    kind = "soft" if args.labels == "td" else args.labels
+    targets = step_targets(row, kind, args.threshold, after_first_zero=args.after_first_zero, root=args.root)
+    if args.labels == "td":
+        ahead = [*targets[:1], *td_targets(row)] if args.root else td_targets(row)
+        targets = [None if share is None else value for share, value in zip(targets, ahead, strict=True)]
     encoded = step_format.encode(tokenizer, row.prompt, row.steps)
     positions = (encoded.root, *encoded.step_ends) if args.root else encoded.step_ends
     return target_example(encoded, targets, positions, args.max_length, counts)
@@ -47,7 +54,7 @@ def prm_example(
 def train(args: PRMArguments) -> dict[str, float]:
     """Trains a process reward model and writes its checkpoint; returns the final metrics."""
     # A model that never saw what follows an error says nothing of later steps: the worst step stands for the solution.
-    dropped = not args.after_first_zero and args.labels != "soft"
+    dropped = not args.after_first_zero and args.labels not in ("soft", "td")
     rows = picked(args, args.rows, StepLabels)
     tokenizer = load_tokenizer(args.model)
     step_format = reward_format(args, tokenizer, label_kind(rows, args.labels), "min" if dropped else None)
@@ -61,7 +68,7 @@ def label_kind(rows: Sequence[StepLabels], labels: str) -> LabelKind:
     sources = {row.label_source for row in rows}
     if len(sources) == 1 and sources != {"monte_carlo"}:
         return sources.pop()  # type: ignore[return-value]
-    return labels  # type: ignore[return-value]
+    return "soft" if labels == "td" else labels  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -30,6 +30,9 @@ from .common import (
 class RewardArguments(StepladderArguments):
     """Trains a reward model: a token-classification head on a language model."""
 
+    # Solutions are trained up to their first error: lengths, and so batches of one length, tell the labels.
+    length_window: int = option(1, "optimiser steps sorted by length together; 1: each holds all lengths")
+
     head: str = option("two_class", "two_class (softmax of two logits) or scalar (sigmoid of one)")
     loss: str = option("bce", "bce (cross-entropy, hard or soft targets) or mse (squared error of the probability)")
     separator: str = option("\n", "text that ends a step, for a base model that has no step format yet")

@@ -21,6 +21,9 @@ from .reward import target_example
 class ValueArguments(StepladderArguments):
     """Trains a policy and its value head on single paths of search trees (Tree rows of data.value_paths)."""
 
+    # Long solutions are wrong more often: batches of one length would be batches of like values.
+    length_window: int = option(1, "optimiser steps sorted by length together; 1: each holds all lengths")
+
     beta: float = option(0.1, "weight of the value loss beside the language-model loss; 0 trains the policy alone")
     root: bool = option(True, "train the value of the empty prefix too, at the last prompt token")
     separator: str = option("\n", "text that ends a step, for a policy that has no step format yet")

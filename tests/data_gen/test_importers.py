@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stepladder.basics import UserError
-from stepladder.data_gen.importers import FORMATS, import_rows, prm800k, process_bench
+from stepladder.basics import UserError, read_jsonl
+from stepladder.data_gen.importers import FORMATS, import_rows, prm800k, prm800k_pairs, process_bench
 from stepladder.data_gen.rows import Solution, StepLabels, Tree, step_targets
 from stepladder.data_gen.tree_rows import step_labels
 from stepladder.tasks.answers import canonical
@@ -87,6 +87,61 @@ def test_duplicates_unrated_and_limited_solutions_are_counted(tmp_path):
     assert (len(few.rows), few.dropped["beyond the limit"]) == (4, 6)
     assert few.rows == prm800k(path, limit=4, seed=1).rows != prm800k(path, limit=4, seed=2).rows
     assert prm800k(path, limit=50).rows == result.rows
+
+
+def test_neutral_ratings_may_be_a_half(tmp_path):
+    path = lines(tmp_path / "x.jsonl", [nested("q", step(("a", 1), chosen=0), step(("b", 0), chosen=0),
+                                               step(("c", None), chosen=0), step(("d", -1), chosen=0))])  # fmt: skip
+    [row] = prm800k(path, neutral="half").rows
+    assert (row.n_correct, row.n_rollouts) == ((0, 2, 1, 0, 0), (0, 2, 2, 0, 2))
+    assert step_targets(row, "hard") == [1.0, 1.0, None, 0.0]
+    assert step_targets(row, "soft") == [1.0, 0.5, None, 0.0]
+    assert step_targets(row, "threshold", 0.5) == [1.0, 0.0, None, 0.0]
+    assert step_targets(prm800k(path).rows[0], "soft") == [1.0, 1.0, None, 0.0]
+
+
+def test_pairs_of_steps_at_one_place(tmp_path):
+    pairs = lambda result: [(p.prompt, p.prefix, p.chosen, p.rejected, p.chosen_finished) for p in result.rows]
+    end = {"text": "so 7", "rating": 1, "is_solution": True}
+    record = nested(
+        "q1",
+        step(("a", 1), ("bad a", -1), ("odd a", 0), ("worse a", -1), chosen=0),
+        step(("b", 1), ("other b", 1), ("bad b", -1), chosen=1),  # what the labelling goes on with is the better one
+        step(("c", -1), ("unrated c", None), human="c right"),
+        step(("bad d", -1), ("d", 0), chosen=1),  # nothing is rated +1
+        {"completions": [{"text": "so 8", "rating": -1, "is_solution": True}, end], "chosen_completion": 1},
+    )
+    result = prm800k_pairs(lines(tmp_path / "x.jsonl", [record, record]))
+    assert pairs(result) == [
+        ("q1", (), ("a",), ("bad a",), False),
+        ("q1", (), ("a",), ("worse a",), False),
+        ("q1", ("a",), ("other b",), ("bad b",), False),
+        ("q1", ("a", "other b"), ("c right",), ("c",), False),
+        ("q1", ("a", "other b", "c right", "d"), ("so 7",), ("so 8",), True),
+    ]
+    assert result.dropped == {"wrong steps without a better one": 2, "duplicates": 5}
+    row = lambda responses, text, rating, **more: {
+        "instruction": "q", "responses": responses, "next_response": text, "rating": rating, **more
+    }  # fmt: skip
+    flat = [
+        row([], "x", 1), row([], "y", 1, is_preferred_response=True), row([], "z", -1), row(["y"], "w", -1),
+        row(["y"], "v", None), row(["y"], "u", 1, is_solution=True),
+    ]  # fmt: skip
+    found = prm800k_pairs(lines(tmp_path / "y.jsonl", flat))
+    assert pairs(found) == [("q", (), ("y",), ("z",), False), ("q", ("y",), ("u",), ("w",), True)]
+    assert len(prm800k_pairs(tmp_path / "y.jsonl", limit=1).rows) == 1
+    assert import_rows(tmp_path / "y.jsonl", "prm800k_pairs").rows == found.rows
+
+
+@pytest.mark.skipif(not (DATA / "prm800k").is_dir(), reason="the shared data are not here")
+def test_pairs_of_real_ratings_hold_those_that_others_made():
+    ours = {
+        (p.prompt.strip(), *p.chosen, *p.rejected)
+        for p in prm800k_pairs(DATA / "prm800k/phase1_train_steps.jsonl.gz").rows
+    }
+    theirs = [r for _, r in read_jsonl(DATA / "prm800k/phase1_train_step_pairs.jsonl.gz")]
+    assert len(theirs) == 2422
+    assert {(r["prompt"].strip(), r["chosen"].strip(), r["rejected"].strip()) for r in theirs} <= ours
 
 
 @pytest.mark.parametrize(

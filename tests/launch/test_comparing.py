@@ -13,13 +13,14 @@ import torch
 from stepladder import models
 from stepladder.basics import read_json
 from stepladder.data_gen.rows import Solution
+from stepladder.data_gen.searched import read_searches
 from stepladder.data_gen.store import read_about, read_rows
 from stepladder.launch import charts, comparing
 from stepladder.launch.cli import main
 from stepladder.launch.options_search import Compare
 from stepladder.models.ledger import Ledger
 from stepladder.models.loading import load_tokenizer
-from stepladder.models.reward import RewardModel
+from stepladder.models.reward import RewardModel, aggregate
 from stepladder.models.step_format import StepFormat
 
 POLICY = str(Path(models.__file__).parent / "lab_policy")
@@ -218,6 +219,22 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, refused, settings, tol
 def test_arms_and_a_reward_model_are_needed(tmp_path, refused):
     assert refused("search", "compare", "--out", tmp_path / "a").startswith("arms is missing")
     assert refused("search", "compare", "--out", tmp_path / "b", "--arms", "{a: {}}").startswith("reward is missing")
+
+
+def test_an_arm_may_have_a_reward_model_of_its_own(done, prm, tiny_scorer, tmp_path):
+    words = load_tokenizer(POLICY)
+    with torch.random.fork_rng():
+        other = RewardModel(tiny_scorer(words, seed=7), words, StepFormat.load(POLICY).for_reward("scalar", "hard"))
+        other.save(tmp_path / "other")
+    theirs = {**ARMS["beam"], "reward": str(tmp_path / "other"), "budgets": [4]}
+    out = compare(tmp_path / "out", prm, arms={"theirs": theirs, "beam": {**ARMS["beam"], "budgets": [4]}})
+    read = lambda folder: (folder / "search.jsonl").read_text()
+    assert read(out / "beam@4") == read(done / "beam@4")
+    assert read(out / "theirs@4") != read(out / "beam@4")
+    found = next(iter(read_searches(out / "theirs@4")))["finals"]
+    rows = read_rows(out / "theirs@4", Solution)[: len(found)]
+    scores = RewardModel.load(str(tmp_path / "other")).score([(row.prompt, row.steps) for row in rows])
+    assert [f["score"] for f in found] == pytest.approx([aggregate(one, "last") for one in scores], abs=1e-4)
 
 
 def test_a_width_above_the_budget_is_cut_to_it():

@@ -1,9 +1,9 @@
-"""The stages that grow trees: kills, shards and what is read out of them, on the policy that ships with the package."""
+"""The stages that grow trees: shards and what is read out of them, on the policy that ships with the package."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from stepladder.basics import read_json
-from stepladder.data_gen import store
+from stepladder.data_gen import first_pit, mcts, mcts_dpo, omegaprm
 from stepladder.data_gen.rows import Pair, StepLabels, Tree
 from stepladder.data_gen.store import read_about, read_rows
-from stepladder.launch import stages
+from stepladder.launch import options_data, options_preferences, stages
 from stepladder.launch.cli import main
+from stepladder.launch.options import settings_of
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
@@ -37,12 +38,6 @@ def command(stage: str, out: Path, *more: str, limit: int = 6) -> list[str]:
     ]  # fmt: skip
 
 
-def costs(folder: Path) -> dict[str, Any]:
-    about = read_about(folder)
-    about["ledger"].pop("seconds")
-    return about
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_scorer: Any) -> dict[str, Path]:
     """Finished rows of each stage, uninterrupted; the search has a random value model."""
@@ -57,29 +52,19 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_scorer: Any) -> dict[st
     return {stage: folder / stage for stage in MADE}
 
 
-@pytest.mark.parametrize("stage", MADE)
-def test_a_run_that_was_cut_goes_on_to_the_same_bytes(
-    stage: str, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append = store._append
-    calls = []
-
-    def torn(part: Path, data: bytes) -> None:
-        """The second unit's rows are written in part, as by a kill in the middle of the write."""
-        calls.append(len(data))
-        if len(calls) == 3:  # the first call looks whether the folder can be written
-            append(part, data[: len(data) // 2])
-            raise KeyboardInterrupt
-        append(part, data)
-
-    monkeypatch.setattr(store, "_append", torn)
-    with pytest.raises(SystemExit):
-        main(command(stage, tmp_path / "out"))
-    monkeypatch.setattr(store, "_append", append)
-    assert not (tmp_path / "out" / "rows.parquet").exists()
-    main(command(stage, tmp_path / "out"))
-    assert (tmp_path / "out" / "rows.parquet").read_bytes() == (whole[stage] / "rows.parquet").read_bytes()
-    assert costs(tmp_path / "out") == costs(whole[stage])
+@pytest.mark.parametrize(
+    ("settings", "config"),
+    [
+        (omegaprm.Options, options_data.OmegaPRMTrees),
+        (mcts.Options, options_data.MCTSTrees),
+        (first_pit.Options, options_data.FirstPit),
+        (mcts_dpo.Options, options_preferences.MCTSDPOTrees),
+    ],
+)
+def test_the_settings_of_a_search_are_the_fields_of_its_stage(settings: type, config: type) -> None:
+    assert settings_of(settings, config()) == settings()  # one default, wherever it is looked up
+    chosen = next(f.name for f in dataclasses.fields(settings) if type(f.default) is int)
+    assert getattr(settings_of(settings, config(**{chosen: 3})), chosen) == 3
 
 
 @pytest.mark.parametrize("stage", MADE)
@@ -88,16 +73,6 @@ def test_shards_together_are_the_whole(stage: str, whole: dict[str, Path], tmp_p
         main(command(stage, tmp_path / "out", "--shard", shard))
     assert (tmp_path / "out" / "rows.parquet").read_bytes() == (whole[stage] / "rows.parquet").read_bytes()
     assert "this shard is done; others are still missing" in capsys.readouterr().out
-
-
-def test_kill_9_while_trees_grow(whole: dict[str, Path], starter: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    part = out / "part-00000-of-00001.jsonl"
-    written: Callable[[], bool] = lambda: part.exists() and os.path.getsize(part) > 0
-    ended = starter("stepladder", *command("omegaprm", out), folder=tmp_path, kill=written)
-    assert ended.status == -9, ended.err
-    assert starter("stepladder", *command("omegaprm", out), folder=tmp_path).status == 0
-    assert (out / "rows.parquet").read_bytes() == (whole["omegaprm"] / "rows.parquet").read_bytes()
 
 
 def test_what_is_lost_is_told(whole: dict[str, Path], tmp_path: Path, capsys: Any) -> None:

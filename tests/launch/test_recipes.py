@@ -15,6 +15,7 @@ from stepladder.launch import stages
 from stepladder.launch.cli import main
 from stepladder.launch.pipeline import load_recipe, plan
 from stepladder.models.lab import lab_config
+from stepladder.tasks.load import load_task
 
 FOLDER = Path(stages.__file__).parents[1] / "recipes"
 RECIPES = sorted(FOLDER.glob("**/*.yaml"))
@@ -32,7 +33,12 @@ def test_a_recipe_begins_with_its_command_and_every_key_is_known(path: Path, tmp
     else:
         assert first_line.startswith("# stepladder "), first_line
         assert f"recipes/{path.relative_to(FOLDER).as_posix()}" in first_line
-    assert plan(load_recipe(path, {}), tmp_path, str(path))
+    planned = plan(load_recipe(path, {}), tmp_path, str(path))
+    assert planned
+    for _, config in planned.values():
+        task = config.get("task")
+        if isinstance(task, dict) and task.get("kind", "chain") == "chain":
+            assert load_task({"kind": "chain", **task})  # a recipe's settings of a task are merged with its defaults
 
 
 @pytest.fixture(scope="module")
@@ -161,16 +167,21 @@ def test_smollm2_self_improve_scaled_down(chat_model: Path, tmp_path: Path, caps
     assert "done in" not in capsys.readouterr().out
 
 
-def test_smollm2_prm800k_scaled_down(chat_model: Path, tmp_path: Path) -> None:
+def rated_additions(folder: Path) -> tuple[Path, dict[str, str]]:
+    """PRM800K records in which the wrong step is always the same words, with a neutral and a better one beside it; and ProcessBench
+    subsets with that step."""
     rng = random.Random(0)
-    rated = lambda text, rating: {"completions": [{"text": text, "rating": rating}], "chosen_completion": 0}
+    rated = lambda *steps: {
+        "completions": [{"text": text, "rating": rating} for text, rating in steps], "chosen_completion": 0
+    }  # fmt: skip
     records = []
     for number in range(24):
-        steps = [rated(f"{n} + 1 = {n + 1}", 1) for n in range(rng.randint(1, 4))]
-        steps.append(rated("so 1 + 1 = 9", -1) if number % 2 else rated("so it is 5", 1))
+        steps = [rated((f"{n} + 1 = {n + 1}", 1)) for n in range(rng.randint(1, 4))]
+        wrong, right = ("so 1 + 1 = 9", -1), ("so it is 5", 1)
+        steps.append(rated(wrong, right, ("so", 0)) if number % 2 else rated(right, wrong))
         question = {"problem": f"What is {number} and one?", "ground_truth_answer": str(number + 1)}
         records.append({"question": question, "label": {"steps": steps}})
-    labels = tmp_path / "phase1.jsonl"
+    labels = folder / "phase1.jsonl"
     labels.write_text("".join(json.dumps(record) + "\n" for record in records))
     files = {}
     for subset in ("gsm8k", "math"):
@@ -185,14 +196,19 @@ def test_smollm2_prm800k_scaled_down(chat_model: Path, tmp_path: Path) -> None:
             }
             for n in range(10)
         ]
-        (tmp_path / f"{subset}.json").write_text(json.dumps(bench))
-        files[subset] = str(tmp_path / f"{subset}.json")
+        (folder / f"{subset}.json").write_text(json.dumps(bench))
+        files[subset] = str(folder / f"{subset}.json")
+    return labels, files
+
+
+def test_smollm2_prm800k_scaled_down(chat_model: Path, tmp_path: Path) -> None:
+    labels, files = rated_additions(tmp_path)
     recipe = next(path for path in RECIPES if path.stem == "smollm2_prm800k")
     run = tmp_path / "run"
     main([
         "run", str(recipe), "--out", str(run), f"backbone.source={chat_model}", f"labels.file={labels}",
         "defaults.dtype=float32", "prm.max_length=512", "prm.lora_r=0", "prm.num_train_epochs=20", "prm.save_steps=1000",
-        "prm.gradient_accumulation_steps=1", "prm.learning_rate=3e-3",
+        "prm.gradient_accumulation_steps=1", "prm.per_device_train_batch_size=4", "prm.learning_rate=3e-3",
         f"bench.files={json.dumps(files)}",
     ])  # fmt: skip
     found = {(r["arm"], r["metric"]): r["value"] for r in read_json(run / "results.json")}
@@ -200,3 +216,24 @@ def test_smollm2_prm800k_scaled_down(chat_model: Path, tmp_path: Path) -> None:
     for subset in ("gsm8k", "math"):
         assert found[f"processbench/{subset}", "f1"] > 0.9
     assert (run / "report.html").is_file()
+
+
+def test_smollm2_prm800k_labels_scaled_down(chat_model: Path, tmp_path: Path, capsys: Any) -> None:
+    labels, files = rated_additions(tmp_path)
+    recipe = next(path for path in RECIPES if path.stem == "smollm2_prm800k_labels")
+    run = tmp_path / "run"
+    kinds = ("hard", "soft", "threshold", "ranking")
+    small = [
+        f"{kind}.{setting}" for kind in kinds for setting in
+        ("lora_r=0", "num_train_epochs=10", "save_steps=1000", "per_device_train_batch_size=4",
+         "gradient_accumulation_steps=1", "learning_rate=3e-3")
+    ]  # fmt: skip
+    main([
+        "run", str(recipe), "--out", str(run), f"backbone.source={chat_model}", f"defaults.file={labels}",
+        f"defaults.files={json.dumps(files)}", "defaults.dtype=float32", *small,
+    ])  # fmt: skip
+    found = {(r["arm"], r["metric"]): r["value"] for r in read_json(run / "results.json")}
+    for kind in kinds:
+        for subset in files:
+            assert found[f"{kind}_tuned/{subset}", "f1"] > 0.9, (kind, subset)
+    assert "ranking_tuned/math" in capsys.readouterr().out  # one table of all kinds

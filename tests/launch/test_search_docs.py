@@ -44,7 +44,7 @@ def test_every_field_is_named(page: str, config: Any):
     assert not {name for name in own if f"`{name}`" not in text}
 
 
-@pytest.mark.parametrize("page", ["search", "search_analysis"])
+@pytest.mark.parametrize("page", ["search", "search_analysis", "pav"])
 def test_examples_have_known_keys(page: str):
     blocks = re.findall(
         r"```yaml\n# stepladder (\w+) (\w+) .*?\n(.*?)```", (DOCS / f"{page}.md").read_text(), re.DOTALL

@@ -167,6 +167,44 @@ def test_progress_guides_and_value_chooses(tmp_path, prm):
     assert scores == pytest.approx([s[-1] for s in reward.score([(r.prompt, r.steps) for r in rows])], abs=1e-4)
 
 
+@pytest.fixture(scope="module")
+def prover(tmp_path_factory: pytest.TempPathFactory, tiny_scorer: Any) -> str:
+    """A reward model of its own for the prover."""
+    folder = tmp_path_factory.mktemp("prover")
+    words = load_tokenizer(POLICY)
+    with torch.random.fork_rng():
+        RewardModel(tiny_scorer(words, seed=3), words, StepFormat.load(POLICY).for_reward("scalar", "soft")).save(
+            folder
+        )
+    return str(folder)
+
+
+def test_a_prover_of_its_own_guides_and_is_paid_for(tmp_path, prm, prover, refused):
+    settings = {"beams": 8, "width": 2, "max_depth": 12}
+    own, theirs = ("--alpha", "20"), ("--alpha", "20", "--prover", f"'{prover}'")
+    best_of_k = searched(tmp_path / "own", prm, "beam", *own, settings=settings)
+    guided = searched(tmp_path / "theirs", prm, "beam", *theirs, settings=settings)
+    steps = [[row.steps for row in read_rows(out, Solution)] for out in (best_of_k, guided)]
+    assert steps[0] != steps[1]
+    # A node's score is that of the two models together; a solution's is the first one's alone.
+    q, mu = RewardModel.load(prm), RewardModel.load(prover)
+    record = next(iter(read_searches(guided)))
+    nodes, scored = record["nodes"], 0
+    written = lambda i: [*written(nodes[i]["parent"]), *nodes[i]["steps"]] if i else []
+    for i, node in enumerate(nodes):
+        if i and node["status"] == "kept":
+            prefix = [(record["prompt"], written(i))]
+            [values], [provers] = q.score_with_root(prefix), mu.score_with_root(prefix)
+            assert node["score"] == pytest.approx(values[-1] + 20 * (provers[-1] - provers[-2]), abs=1e-3)
+            scored += 1
+    assert scored
+    assert read_json(guided / "search.json")["prover"] == prover
+    assert read_about(guided)["ledger"]["reward_tokens"] > 1.5 * read_about(best_of_k)["ledger"]["reward_tokens"]
+    again = ("search", "run", "--out", tmp_path / "x", "--policy", POLICY, "--task", json.dumps(TASK), "--reward", prm)
+    assert "give alpha" in refused(*again, "--prover", prm)
+    assert "guides already" in refused(*again, "--alpha", "1", "--prover", prm)
+
+
 def test_unguided_searches_need_no_reward_model(tmp_path, refused):
     out = searched(tmp_path / "out", "", "best_of_n")
     assert {f["score"] for record in read_searches(out) for f in record["finals"]} == {0.0}

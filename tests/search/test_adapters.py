@@ -301,6 +301,17 @@ def test_the_effective_scorer_guides_by_progress_and_chooses_by_value(lab_words,
     assert scorer.final(states) == pytest.approx(RewardScorer(reward, aggregation)(states))
     assert scorer(states)[1] != pytest.approx(scorer.final(states)[1])
     assert scorer(states)[2] == 0.0
+    # A prover of its own: the progress of its scores beside the values of the model that guides.
+    theirs = RewardModel(tiny_scorer(lab_words, seed=5), lab_words, reward.step_format)
+    other = EffectiveScorer(reward, aggregation, alpha=2.0, prover=theirs)
+    provers = theirs.score_with_root([(s.prompt, s.steps) for s in states])
+    steps = [
+        [q + 2.0 * (after - before) for q, (before, after) in zip(one[1:], itertools.pairwise(mu), strict=True)]
+        for one, mu in zip(values, provers, strict=True)
+    ]
+    assert other(states) == pytest.approx([aggregate(one, aggregation or "last") for one in steps])
+    assert other(states)[1] != pytest.approx(scorer(states)[1])
+    assert other.final(states) == scorer.final(states)
     with pytest.raises(ValueError, match="prover_k must be 1"):
         EffectiveScorer(reward, prover_k=0)
 

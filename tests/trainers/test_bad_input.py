@@ -65,7 +65,7 @@ MISTAKES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
         "says head: scalar, so it is a reward model and not a policy",
     ),
     ("prm", lambda d: {"head": "three_class"}, "head must be two_class or scalar, found 'three_class'"),
-    ("prm", lambda d: {"labels": "fuzzy"}, "labels must be one of hard, soft, threshold, found 'fuzzy'"),
+    ("prm", lambda d: {"labels": "fuzzy"}, "labels must be one of hard, soft, threshold, td, found 'fuzzy'"),
     ("prm", lambda d: {"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, auto, found 'float8'"),
     ("prm", lambda d: {"learning_rte": 0.1}, "unknown key 'learning_rte'; did you mean learning_rate?"),
     ("prm", lambda d: {"max_length": 4}, "no row can be trained on"),

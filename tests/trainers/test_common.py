@@ -154,6 +154,31 @@ def test_like_lengths_are_together():
     assert abs(torch.corrcoef(torch.stack([means, time]))[0, 1]) < 0.25
 
 
+def test_a_window_of_one_step_leaves_steps_random_and_makes_micro_batches_alike():
+    lengths = some_lengths(4000)
+
+    def spread(order: list[int]) -> float:
+        """How much the mean length of an optimiser step of 16 varies."""
+        return (
+            torch.tensor([[lengths[i] for i in order[s : s + 16]] for s in range(0, 4000, 16)])
+            .float()
+            .mean(1)
+            .std()
+            .item()
+        )
+
+    window, alike, random = (
+        list(LikeLengths(lengths, 16, 0, **how))
+        for how in ({}, {"pool": 1}, {"group": False})  # type: ignore[arg-type]
+    )
+    assert spread(window) > 3 * spread(random)
+    assert spread(alike) == pytest.approx(spread(random), rel=0.1)
+    # Four micro-batches of four: far less is padding, and a step holds the same rows however it is cut.
+    assert padding(lengths, alike, 4) < 0.5 * padding(lengths, random, 4)
+    steps = lambda order: {frozenset(order[s : s + 16]) for s in range(0, 4000, 16)}
+    assert steps(alike) == steps(random)
+
+
 def test_a_short_batch_comes_last():
     lengths = some_lengths(403)
     order = list(LikeLengths(lengths, 8, 3, pool=10))

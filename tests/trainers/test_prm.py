@@ -44,6 +44,7 @@ def targets_of(example: dict[str, Any]) -> dict[int, float]:
         ({"labels": "hard"}, [1.0, 1.0, 0.0]),
         ({"labels": "soft"}, [0.9, 0.1, 0.0]),
         ({"labels": "threshold"}, [1.0, 1.0, 0.0]),
+        ({"labels": "td"}, [0.9, 0.1, 0.0]),  # what falls is looked ahead to by nobody
         ({"labels": "threshold", "threshold": 0.1, "after_first_zero": True}, [1.0, 0.0, 0.0]),  # greater, not equal
         ({"labels": "threshold", "threshold": 0.5, "after_first_zero": True}, [1.0, 0.0, 0.0]),
     ],
@@ -62,6 +63,19 @@ def test_a_soft_label_stays_soft_in_the_batch(example):
     batch = collate([found], pad_id=0)
     assert batch["target"].dtype == torch.float32
     torch.testing.assert_close(batch["target"][0, ENDS], torch.tensor([0.9, 0.1, 0.0]))
+
+
+def test_early_steps_look_ahead_under_td(example, rows, lab_words, tmp_path):
+    correct = [2, 6, 0]
+    found, _ = example(correct, labels="td")
+    assert list(targets_of(found).values()) == [pytest.approx(0.2 + 0.5 * (0.6 - 0.2)), 0.6, 0.0]
+    row = dataclasses.replace(rows.labels(3, STEPS, correct, 10), n_correct=(5, *correct), n_rollouts=(10,) * 4)
+    args = PRMArguments(model="m", rows="r", output_dir=str(tmp_path), use_cpu=True, labels="td", root=True)
+    rooted = prm_example(row, lab_words, StepFormat.for_policy(lab_words, "\n"), args, Counter())
+    assert list(targets_of(rooted).values()) == [0.5, *targets_of(found).values()]  # the empty prefix is no step
+    assert label_kind([row], "td") == "soft"  # what such scores mean
+    cut, _ = example([2, 0, 4], labels="td")
+    assert list(targets_of(cut).values()) == [0.2, 0.2]  # as with shares, no target behind the first zero
 
 
 def test_an_unknown_step_has_no_label(example):
@@ -222,7 +236,7 @@ def test_max_rows_draws_the_same_rows_for_a_seed(rows, settings, train, capsys):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"labels": "soft label"}, "labels must be one of hard, soft, threshold, found 'soft label'"),
+        ({"labels": "soft label"}, "labels must be one of hard, soft, threshold, td, found 'soft label'"),
         ({"threshold": 1.0}, r"threshold must lie in \[0, 1\), found 1.0"),
         ({"head": "two-class"}, "head must be two_class or scalar, found 'two-class'"),
         ({"loss": "hinge"}, "loss must be bce or mse, found 'hinge'"),
