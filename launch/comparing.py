@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Pool:
     scores: list[float]
     chosen: int
     steps: list[int]
+    distinct: list[tuple[int, int]] = field(default_factory=list)  # (samples, tokens) of each different solution
 
     def credit(self, rule: str) -> float:
         """Expected correctness of the answer that a rule chooses."""
@@ -225,8 +226,10 @@ def _from_pool(config: options_search.Compare, name: str, budget: int) -> bool:
 def read_pools(folder: Path) -> dict[str, Pool]:
     """What a finished search found, problem by problem."""
     steps: dict[str, list[int]] = {}
+    solutions: dict[str, dict[tuple[str, ...], list[int]]] = {}
     for row in read_rows(folder, Solution):
         steps.setdefault(row.problem_id, []).append(len(row.steps))
+        solutions.setdefault(row.problem_id, {}).setdefault(row.steps, []).append(len(row.token_ids))
     pools = {}
     for one in read_searches(folder):
         finals = one["finals"]
@@ -236,8 +239,23 @@ def read_pools(folder: Path) -> dict[str, Pool]:
             scores=[f["score"] for f in finals],
             chosen=one["chosen"],
             steps=steps[one["problem_id"]],
+            distinct=[(len(tokens), tokens[0]) for tokens in solutions[one["problem_id"]].values()],
         )
     return pools
+
+
+def scored_share(pools: Iterable[Pool], k: int) -> float:
+    """Share of the tokens of all different solutions that are among k samples of each pool, in expectation.
+
+    A reward model reads equal solutions once, and the fewer samples the fewer of them are equal: k of n cost more than k / n.
+    """
+    whole = part = 0.0
+    for pool in pools:
+        n = len(pool.answers)
+        for samples, tokens in pool.distinct:
+            whole += tokens
+            part += tokens * pass_at_k(n, samples, min(k, n))
+    return part / whole if whole else 0.0
 
 
 def measure(
@@ -257,7 +275,9 @@ def measure(
             else:
                 values[rule][i] = pool.credit_of(rule, min(budget, len(pool.answers)), fold_seed(seed, i, budget))
     sizes = read_json(folder / ABOUT_FILE)["parameters"]
-    ledger = scaled(Ledger(**read_about(folder)["ledger"]), budget / largest, sizes)
+    ledger = Ledger(**read_about(folder)["ledger"])
+    if budget < largest:
+        ledger = scaled(ledger, budget / largest, scored_share(pools.values(), budget), sizes)
     votes = without_reward(ledger, sizes) if unguided else ledger
     some = list(pools.values())
     about = {
@@ -269,14 +289,14 @@ def measure(
     return Run(name, budget, values, ledgers, about if budget == largest else {"solutions": about["solutions"]})
 
 
-def scaled(ledger: Ledger, share: float, sizes: Mapping[str, int]) -> Ledger:
-    """What a share of the independent samples of a pool would have cost: the prompt whole, everything else in part."""
-    if share == 1:
-        return ledger
+def scaled(ledger: Ledger, share: float, scored: float, sizes: Mapping[str, int]) -> Ledger:
+    """What a share of the independent samples of a pool would have cost: the prompt whole for both models, everything else in
+    part, of what the reward model reads the part `scored`."""
+    prompts = min(ledger.prefilled_tokens, ledger.reward_tokens)
     part = Ledger(
         generated_tokens=round(ledger.generated_tokens * share),
         prefilled_tokens=ledger.prefilled_tokens,
-        reward_tokens=round(ledger.reward_tokens * share),
+        reward_tokens=round(prompts + (ledger.reward_tokens - prompts) * scored),
         policy_calls=round(ledger.policy_calls * share),
         seconds=ledger.seconds * share,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -97,15 +98,39 @@ def test_costs_are_those_of_the_ledgers(done):
     )
 
 
-def test_a_share_of_a_pool_pays_the_prompt_whole():
+def test_a_share_of_a_pool_pays_the_prompts_whole():
     sizes = {"policy": 10, "reward": 100}
-    whole = Ledger(generated_tokens=80, prefilled_tokens=7, reward_tokens=90, policy_calls=8, seconds=4.0)
-    whole.flops = 2 * 10 * 87 + 2 * 100 * 90
-    half = comparing.scaled(whole, 0.5, sizes)
-    assert (half.generated_tokens, half.prefilled_tokens, half.reward_tokens, half.policy_calls) == (40, 7, 45, 4)
-    assert half.flops == 2 * 10 * 47 + 2 * 100 * 45
-    assert comparing.scaled(whole, 1, sizes) == whole
+    whole = Ledger(generated_tokens=80, prefilled_tokens=7, reward_tokens=47, policy_calls=8, seconds=4.0)
+    whole.flops = 2 * 10 * 87 + 2 * 100 * 47
+    # Half of the samples hold three quarters of what the reward model reads behind the prompts: 7 + 0.75 * 40.
+    half = comparing.scaled(whole, 0.5, 0.75, sizes)
+    assert (half.generated_tokens, half.prefilled_tokens, half.reward_tokens, half.policy_calls) == (40, 7, 37, 4)
+    assert half.flops == 2 * 10 * 47 + 2 * 100 * 37
+    assert comparing.scaled(whole, 1.0, 1.0, sizes) == whole
     assert comparing.without_reward(whole, sizes).flops == 2 * 10 * 87
+    unscored = Ledger(generated_tokens=80, prefilled_tokens=7, policy_calls=8)
+    assert comparing.scaled(unscored, 0.5, 0.75, sizes).reward_tokens == 0
+
+
+def test_equal_solutions_are_scored_once_however_few_are_drawn():
+    """Against all draws of k: tokens of the different solutions among them."""
+    texts, tokens = "aabbbc", {"a": 3, "b": 5, "c": 11}
+    pool = comparing.Pool(list(texts), [False] * 6, [0.0] * 6, 0, [1] * 6, [(2, 3), (3, 5), (1, 11)])
+    for k in range(1, 7):
+        draws = [sum(tokens[t] for t in set(draw)) for draw in itertools.combinations(texts, k)]
+        assert comparing.scored_share([pool], k) == pytest.approx(sum(draws) / len(draws) / 19)
+    assert comparing.scored_share([pool, pool], 9) == 1.0
+
+
+def test_what_a_share_of_a_pool_would_cost_is_what_so_few_samples_cost(prm, tmp_path):
+    """Two samples searched alone, and read off a pool of twelve that holds many equal ones."""
+    found = []
+    for name, budgets in (("alone", [2]), ("read", [2, 12])):
+        arms = {"best_of_n": {"strategy": "best_of_n", "budgets": budgets}}
+        out = compare(tmp_path / name, prm, "--temperature", "0.5", arms=arms)
+        found.append(records_of(out)["best/best_of_n@2", "accuracy"])
+    assert found[1]["flops"] == pytest.approx(found[0]["flops"], rel=0.06)
+    assert found[1]["tokens"] == pytest.approx(found[0]["tokens"], rel=0.06)
 
 
 def test_at_equal_cost_nobody_pays_more_than_the_reference_and_its_slack(done):
