@@ -22,6 +22,7 @@ from stepladder.models.ledger import Ledger
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
+from stepladder.tasks.chain import ChainArith
 
 POLICY = str(Path(models.__file__).parent / "lab_policy")
 TASK = {"kind": "chain", "p": 7, "min_steps": 4, "max_steps": 5, "sizes": {"test": 12}}
@@ -80,6 +81,43 @@ def test_every_arm_at_every_budget_is_measured(done):
     one = [found[f"{rule}/best_of_n@1", "accuracy"] for rule in comparing.RULES]
     assert one[0]["value"] == one[3]["value"] == pytest.approx(one[1]["value"], abs=0.06)
     assert found["pass/best_of_n@8", "accuracy"]["value"] >= found["best/best_of_n@8", "accuracy"]["value"]
+
+
+def test_right_in_every_step_and_by_luck_stand_beside_coverage(done):
+    found = records_of(done)
+    task = ChainArith(p=7, min_steps=4, max_steps=5, sizes={"test": 12})
+    problems = {problem.id: problem for problem in task.problems("test")}
+    whole: dict[str, list[bool]] = {}
+    answers: dict[str, list[str | None]] = {}
+    for row in read_rows(done / "best_of_n@8", Solution):
+        whole.setdefault(row.problem_id, []).append(row.steps == tuple(task.reference_steps(problems[row.problem_id])))
+        answers.setdefault(row.problem_id, []).append(row.answer)
+    assert found["sound/best_of_n@8", "accuracy"]["value"] == pytest.approx(sum(map(any, whole.values())) / 12)
+    want = [comparing.pass_at_k(8, sum(one), 4) for one in whole.values()]
+    assert found["sound/best_of_n@4", "accuracy"]["value"] == pytest.approx(sum(want) / 12)
+    assert found["sound/best_of_n@4", "accuracy"]["flops"] == found["pass/best_of_n@4", "accuracy"]["flops"]
+    # A guess: any answer to any other problem.
+    luck = []
+    for name, problem in problems.items():
+        others = [a for other, some in answers.items() if other != name for a in some]
+        luck.append(sum(a == problem.answer for a in others) / len(others))
+    for k in (1, 4, 8):
+        want = [1 - (1 - p) ** k for p in luck]
+        assert found[f"chance/best_of_n@{k}", "accuracy"]["value"] == pytest.approx(sum(want) / 12)
+
+
+def test_what_is_waited_for(done):
+    """Independent samples are one round, as long as the longest; a step-wise search has a round for every step."""
+    runs = {(r["arm"], r["budget"]): r for r in read_json(done / "details.json")["search"]["runs"]}
+    lengths: dict[str, list[int]] = {}
+    for row in read_rows(done / "best_of_n@8", Solution):
+        lengths.setdefault(row.problem_id, []).append(len(row.token_ids))
+    assert runs["best_of_n", 8]["serial"] == pytest.approx(sum(map(max, lengths.values())) / 12)
+    pairs = [[max(pair) for pair in itertools.combinations(some, 4)] for some in lengths.values()]
+    assert runs["best_of_n", 4]["serial"] == pytest.approx(sum(sum(p) / len(p) for p in pairs) / 12)
+    assert {runs["best_of_n", n]["about"]["rounds"] for n in (1, 4, 8)} == {1.0}
+    assert runs["beam", 4]["about"]["rounds"] > 4
+    assert runs["mcts", 6]["serial"] > runs["mcts", 3]["serial"]
 
 
 def test_costs_are_those_of_the_ledgers(done):
@@ -180,12 +218,14 @@ def test_curves_and_page_are_written(done):
     page = (done / "report.html").read_text()
     for words in ("Accuracy over cost", "At equal cost", "By difficulty", "Repeated sampling", "weighted/pav"):
         assert words in page
-    for cost in ("flops", "tokens"):
+    for cost in ("flops", "tokens", "serial"):
         assert (done / f"curves-{cost}.png").read_bytes().startswith(b"\x89PNG")
     coverage = read_json(done / "details.json")["search"]["coverage"]
     assert coverage["k"][0] == 1
     assert coverage["k"][-1] == 8
     assert coverage["coverage"] == sorted(coverage["coverage"])
+    assert all(luck > 0 for luck in coverage["chance"])
+    assert all(a <= b for a, b in zip(coverage["sound"], coverage["coverage"], strict=True))
     assert sum(coverage["right_share_histogram"]) == 12
 
 
@@ -201,7 +241,7 @@ def test_without_matplotlib_the_page_has_the_curves(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(report_search.importlib.util, "find_spec", lambda name: None)
     run = {
-        "arm": "beam", "budget": 4, "accuracy": dict.fromkeys(comparing.RULES, 0.5), "tokens": 10.0,
+        "arm": "beam", "budget": 4, "accuracy": dict.fromkeys(comparing.RULES, 0.5), "tokens": 10.0, "serial": 5.0,
         "flops": dict.fromkeys(comparing.RULES, 1e6), "ledger": Ledger().to_json(), "about": {},
     }  # fmt: skip
     details = {"reference": "beam", "runs": [run], "matched": [], "choices": {}, "coverage": None}
