@@ -43,7 +43,7 @@ def search_record(
     problem_id, prompt, gold, strategy
     finals   [{sample, node, score, answer, outcome}], one a Solution row, in the same order; `score` is what chooses
     chosen   index in `finals` of the strategy's own answer
-    depth, rounds, tokens, curves     as in `search.base.SearchResult`
+    depth, rounds, serial_tokens, tokens, curves     as in `search.base.SearchResult`
     nodes    [{parent, steps, score, status, done, tokens, logprob, visits, value, prior}] as in `search.base.TreeNode`, the
              root first; null where the tree was not kept
     """
@@ -60,6 +60,7 @@ def search_record(
         "chosen": result.chosen,
         "depth": result.depth,
         "rounds": result.rounds,
+        "serial_tokens": result.serial_tokens,
         "tokens": result.tokens,
         "curves": {name: list(values) for name, values in result.curves.items()},
         "nodes": [asdict(node) for node in result.nodes] if with_tree else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,15 @@ from ..data_gen.rows import Solution
 from ..data_gen.searched import read_searches
 from ..data_gen.store import read_about, read_rows
 from ..models.ledger import Ledger
-from ..search.analysis import compute_optimal, coverage, difficulty_levels, fit_power_law, log_spaced
+from ..search.analysis import (
+    answers_by_luck,
+    chance_coverage,
+    compute_optimal,
+    coverage,
+    difficulty_levels,
+    fit_power_law,
+    log_spaced,
+)
 from ..search.choose import (
     LARGEST_EXACT,
     best_credit,
@@ -24,6 +32,7 @@ from ..search.choose import (
     vote_credit,
     weighted_of_k,
 )
+from ..tasks.base import Problem, StepChecker, Task, first_error
 from ..tasks.load import load_task
 from . import options_search
 from .claims import VALUES
@@ -35,6 +44,9 @@ from .options_search import UNGUIDED
 
 # How an answer is chosen among what a search found: its own choice, weighted vote, plain vote, and the bound of any choice.
 RULES = ("best", "weighted", "majority", "pass")
+# Where a task can check steps: the bound again, of solutions that are right in every step and not in their answer alone.
+SOUND = "sound"
+UNSCORED = ("majority", "pass", SOUND)  # rules that ask no reward model
 MATCHED = "accuracy_at_equal_flops"
 
 
@@ -47,11 +59,16 @@ class Pool:
     scores: list[float]
     chosen: int
     steps: list[int]
+    distinct: list[tuple[int, int]] = field(default_factory=list)  # (samples, tokens) of each different solution
+    gold: str = ""
+    sound: list[bool] = field(default_factory=list)  # right, and every step too; empty where steps cannot be checked
+    rounds: int = 0  # calls of the policy that waited for each other
+    serial_tokens: int = 0  # sampled one after another
 
     def credit(self, rule: str) -> float:
         """Expected correctness of the answer that a rule chooses."""
-        if rule == "pass":
-            return float(any(self.right))
+        if rule in ("pass", SOUND):
+            return float(any(self.right if rule == "pass" else self.sound))
         if rule == "majority":
             return vote_credit(self.answers, self.right)
         if rule == "weighted":
@@ -61,12 +78,17 @@ class Pool:
             return best_credit(self.scores, self.right)
         return float(self.right[self.chosen])
 
+    def serial_of(self, k: int) -> float:
+        """Expected tokens one after another of k samples drawn from a pool of independent ones: those of the longest."""
+        lengths = [tokens for samples, tokens in self.distinct for _ in range(samples)]
+        return best_of_k(lengths, lengths, k)
+
     def credit_of(self, rule: str, k: int, seed: int) -> float:
         """The same of k samples drawn from a pool of independent ones."""
         if k == len(self.answers):
             return self.credit(rule)
-        if rule == "pass":
-            return pass_at_k(len(self.right), sum(self.right), k)
+        if rule in ("pass", SOUND):
+            return pass_at_k(len(self.right), sum(self.right if rule == "pass" else self.sound), k)
         if rule == "best":
             return best_of_k(self.scores, self.right, k)
         if rule == "majority" and len(self.answers) <= LARGEST_EXACT:
@@ -83,6 +105,7 @@ class Run:
     budget: int
     values: dict[str, dict[str, float]]
     ledgers: dict[str, Ledger]
+    serial_tokens: float  # sampled one after another, mean over problems
     about: dict[str, float] = field(default_factory=dict)  # means over problems that tell how the search behaves
 
 
@@ -108,7 +131,7 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
             f"{out}: other shards of {', '.join(unfinished)} are not finished; run this again when they are"
         )
     pools = {
-        (name, budget): read_pools(_folder(out, name, budget))
+        (name, budget): read_pools(_folder(out, name, budget), task)
         for name, budget in searches
         if not _from_pool(config, name, budget)
     }
@@ -134,7 +157,7 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
             values.append({"arm": arm, "metric": metric, "values": dict(found)})
 
     for (name, budget), run in runs.items():
-        for rule in RULES:
+        for rule in run.values:
             add(f"{rule}/{name}@{budget}", "accuracy", run.values[rule], run.ledgers[rule])
     matched: list[dict[str, Any]] = []
     pool = next((n for n, arm in config.arms.items() if arm.strategy == "best_of_n"), None)
@@ -181,9 +204,12 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
         n = len(ids)
         records += [
             record(f"pass/{pool}", f"coverage_law_{key}", law["law"][key], n, config.seed)
-            for key in ("a", "b", "rmse")
+            for key in ("a", "b", "rmse", "r2")
             if law["law"]
         ]
+        for k, by_luck in zip(law["k"], law["chance"], strict=True):
+            if (pool, k) in runs:
+                records.append(record(f"chance/{pool}@{k}", "accuracy", by_luck, n, config.seed))
     details = {
         "reference": reference,
         "problems": len(ids),
@@ -191,9 +217,10 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
             {
                 "arm": run.arm,
                 "budget": run.budget,
-                "accuracy": {rule: sum(run.values[rule][i] for i in ids) / len(ids) for rule in RULES},
-                "flops": {rule: run.ledgers[rule].flops / len(ids) for rule in RULES},
+                "accuracy": {rule: sum(found[i] for i in ids) / len(ids) for rule, found in run.values.items()},
+                "flops": {rule: ledger.flops / len(ids) for rule, ledger in run.ledgers.items()},
                 "tokens": run.ledgers["best"].generated_tokens / len(ids),
+                "serial": run.serial_tokens,
                 "ledger": run.ledgers["best"].to_json(),
                 "about": run.about,
             }
@@ -223,11 +250,17 @@ def _from_pool(config: options_search.Compare, name: str, budget: int) -> bool:
     return arm.strategy == "best_of_n" and budget < config.budgets_of(arm)[-1]
 
 
-def read_pools(folder: Path) -> dict[str, Pool]:
+def read_pools(folder: Path, task: Task) -> dict[str, Pool]:
     """What a finished search found, problem by problem."""
     steps: dict[str, list[int]] = {}
+    sound: dict[str, list[bool]] = {}
+    solutions: dict[str, dict[tuple[str, ...], list[int]]] = {}
     for row in read_rows(folder, Solution):
         steps.setdefault(row.problem_id, []).append(len(row.steps))
+        solutions.setdefault(row.problem_id, {}).setdefault(row.steps, []).append(len(row.token_ids))
+        if isinstance(task, StepChecker):
+            checks = task.check_steps(Problem(row.problem_id, row.prompt, row.gold), row.steps)
+            sound.setdefault(row.problem_id, []).append(row.right and first_error(checks) is None)
     pools = {}
     for one in read_searches(folder):
         finals = one["finals"]
@@ -237,8 +270,27 @@ def read_pools(folder: Path) -> dict[str, Pool]:
             scores=[f["score"] for f in finals],
             chosen=one["chosen"],
             steps=steps[one["problem_id"]],
+            distinct=[(len(tokens), tokens[0]) for tokens in solutions[one["problem_id"]].values()],
+            gold=one["gold"],
+            sound=sound.get(one["problem_id"], []),
+            rounds=one["rounds"],
+            serial_tokens=one.get("serial_tokens", 0),
         )
     return pools
+
+
+def scored_share(pools: Iterable[Pool], k: int) -> float:
+    """Share of the tokens of all different solutions that are among k samples of each pool, in expectation.
+
+    A reward model reads equal solutions once, and the fewer samples the fewer of them are equal: k of n cost more than k / n.
+    """
+    whole = part = 0.0
+    for pool in pools:
+        n = len(pool.answers)
+        for samples, tokens in pool.distinct:
+            whole += tokens
+            part += tokens * pass_at_k(n, samples, min(k, n))
+    return part / whole if whole else 0.0
 
 
 def measure(
@@ -247,7 +299,7 @@ def measure(
 ) -> Run:  # fmt: skip
     """One arm at one budget, read off pools of `largest` samples. A problem without a row counts as wrong."""
     values: dict[str, dict[str, float]] = {}
-    for rule in RULES:
+    for rule in (*RULES, SOUND) if any(pool.sound for pool in pools.values()) else RULES:
         values[rule] = {}
         for i in ids:
             pool = pools.get(i)
@@ -258,26 +310,31 @@ def measure(
             else:
                 values[rule][i] = pool.credit_of(rule, min(budget, len(pool.answers)), fold_seed(seed, i, budget))
     sizes = read_json(folder / ABOUT_FILE)["parameters"]
-    ledger = scaled(Ledger(**read_about(folder)["ledger"]), budget / largest, sizes)
+    ledger = Ledger(**read_about(folder)["ledger"])
+    if budget < largest:
+        ledger = scaled(ledger, budget / largest, scored_share(pools.values(), budget), sizes)
     votes = without_reward(ledger, sizes) if unguided else ledger
     some = list(pools.values())
     about = {
         "solutions": sum(len(p.answers) for p in some) / len(some) * budget / largest,
         "steps_of_the_chosen": sum(p.steps[p.chosen] for p in some) / len(some),
         "different_answers": sum(len({a for a in p.answers if a is not None}) for p in some) / len(some),
+        "rounds": sum(p.rounds for p in some) / len(some),
     }
-    ledgers = {rule: votes if rule in ("majority", "pass") else ledger for rule in RULES}
-    return Run(name, budget, values, ledgers, about if budget == largest else {"solutions": about["solutions"]})
+    waits = [p.serial_tokens if budget == largest else p.serial_of(min(budget, len(p.answers))) for p in some]
+    ledgers = {rule: votes if rule in UNSCORED else ledger for rule in values}
+    kept = about if budget == largest else {key: about[key] for key in ("solutions", "rounds")}
+    return Run(name, budget, values, ledgers, sum(waits) / len(waits), kept)
 
 
-def scaled(ledger: Ledger, share: float, sizes: Mapping[str, int]) -> Ledger:
-    """What a share of the independent samples of a pool would have cost: the prompt whole, everything else in part."""
-    if share == 1:
-        return ledger
+def scaled(ledger: Ledger, share: float, scored: float, sizes: Mapping[str, int]) -> Ledger:
+    """What a share of the independent samples of a pool would have cost: the prompt whole for both models, everything else in
+    part, of what the reward model reads the part `scored`."""
+    prompts = min(ledger.prefilled_tokens, ledger.reward_tokens)
     part = Ledger(
         generated_tokens=round(ledger.generated_tokens * share),
         prefilled_tokens=ledger.prefilled_tokens,
-        reward_tokens=round(ledger.reward_tokens * share),
+        reward_tokens=round(prompts + (ledger.reward_tokens - prompts) * scored),
         policy_calls=round(ledger.policy_calls * share),
         seconds=ledger.seconds * share,
     )
@@ -352,16 +409,25 @@ def _mean_ledger(found: Mapping[str, Run], choices: Mapping[tuple[int, int], str
 def _coverage(
     pools: Mapping[tuple[str, int], Mapping[str, Pool]], pool: str, config: options_search.Compare
 ) -> dict[str, Any]:
-    """Coverage over k with the fitted law (None where it cannot be fitted), and how many problems have which share right."""
-    most = config.budgets_of(config.arms[pool])[-1]
-    counts = [(len(p.right), sum(p.right)) for p in pools[pool, most].values()]
-    ks = [k for k in log_spaced(most) if all(k <= n for n, _ in counts)]
+    """Coverage over k with the fitted law (None where it cannot be fitted), what luck alone would cover, and how many problems
+    have which share right."""
+    budgets = config.budgets_of(config.arms[pool])
+    most = budgets[-1]
+    samples = pools[pool, most]
+    counts = [(len(p.right), sum(p.right)) for p in samples.values()]
+    ks = [k for k in sorted({*log_spaced(most), *budgets}) if all(k <= n for n, _ in counts)]
+    luck = answers_by_luck({i: p.answers for i, p in samples.items()}, {i: p.gold for i, p in samples.items()})
     values = [coverage(counts, k) for k in ks]
     law: dict[str, float] = {}
     try:
         fit = fit_power_law(ks, values)
-        law = {"a": fit.a, "b": fit.b, "rmse": fit.rmse, "worst": fit.worst}
+        law = {"a": fit.a, "b": fit.b, "rmse": fit.rmse, "worst": fit.worst, "r2": fit.r2}
     except ValueError as error:
         print(f"coverage: no power law ({error})", flush=True)
     shares = [sum(1 for n, c in counts if i <= 10 * c / n < i + 1 or (i == 9 and c == n)) for i in range(10)]
-    return {"k": ks, "coverage": values, "law": law, "right_share_histogram": shares}
+    chance = [chance_coverage(list(luck.values()), k) for k in ks]
+    found = {"k": ks, "coverage": values, "law": law, "chance": chance, "right_share_histogram": shares}
+    if all(p.sound for p in samples.values()):
+        sound = [(len(p.sound), sum(p.sound)) for p in samples.values()]
+        found["sound"] = [coverage(sound, k) for k in ks]
+    return found

@@ -38,6 +38,34 @@ class EvaluateBehaviour:
 
 
 @dataclass
+class EvaluateResampling:
+    """Measures resampling until a verifier that errs accepts: what it reaches, and when to stop (results.json)."""
+
+    policies: dict[str, str] = option({}, "name -> Solution rows, several of each problem")
+    reward: str = option("", "the verifier: a reward model, which accepts scores of `threshold` or more")
+    threshold: float = option(0.5, "least score that is accepted")
+    aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
+    dtype: str = option("float32", "precision of the reward model")
+    accept_wrong: float = option(
+        0.0, "in place of a reward model: accept the right solutions, and this share of the wrong ones, always the same"
+    )
+    rhos: list[float] = option([0.5, 1.0, 2.0, 4.0], "costs of a wrong answer, where a right one is worth 1")
+    attempts: int = option(0, "most attempts; 0 takes a quarter of the samples of the problem with the fewest")
+    seed: int = option(0, "seed of what is accepted, and of the bootstrap")
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "attempts")
+        if not 0 <= self.accept_wrong <= 1:
+            raise ValueError(f"accept_wrong must lie in [0, 1], found {self.accept_wrong}")
+        if self.reward and self.accept_wrong:
+            raise ValueError("reward and accept_wrong are two verifiers: give one of them")
+        if any(rho < 0 for rho in self.rhos):
+            raise ValueError(f"rhos must be 0 or more, found {min(self.rhos)}")
+        if self.aggregation not in ("", *AGGREGATIONS):
+            raise ValueError(f"aggregation must be of {', '.join(AGGREGATIONS)}, found {self.aggregation!r}")
+
+
+@dataclass
 class EvaluatePRM:
     """Judges step scores and step labels against the exact checker of a lab task (results.json)."""
 

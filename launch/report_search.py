@@ -13,12 +13,17 @@ from .report import costs_section, write_report
 from .report_trees import LEAST_ROOM, ROOM, trees_section
 from .tables import Record, short
 
-COSTS = {"flops": "FLOPs a problem", "tokens": "generated tokens a problem"}
+COSTS = {
+    "flops": "FLOPs a problem",
+    "tokens": "generated tokens a problem",
+    "serial": "tokens a problem one after another",
+}
 WORDS = {
     "best": "the search's own choice",
     "weighted": "weighted vote",
     "majority": "majority vote",
     "pass": "any of them (no choice)",
+    "sound": "any right in every step",
 }
 
 
@@ -29,7 +34,7 @@ def write_comparison(
     title: str,
     searches: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
 ) -> None:
-    """Writes report.html and, where matplotlib is installed, curves-flops.png and curves-tokens.png.
+    """Writes report.html and, where matplotlib is installed, curves-flops.png, curves-tokens.png and curves-serial.png.
 
     `searches` are the records of searches whose trees are shown.
     """
@@ -55,7 +60,7 @@ def curves(details: Mapping[str, Any], rule: str, cost: str) -> dict[str, list[t
     """Arm -> (cost a problem, accuracy in percent) of its budgets, the cheapest first."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for run in details["runs"]:
-        paid = run["flops"][rule] if cost == "flops" else run["tokens"]
+        paid = run["flops"][rule] if cost == "flops" else run[cost]
         if paid > 0:
             lines.setdefault(run["arm"], []).append((paid, 100 * run["accuracy"][rule]))
     return {arm: sorted(points) for arm, points in lines.items()}
@@ -71,7 +76,10 @@ def curves_figures(details: Mapping[str, Any]) -> str:
             if lines:
                 panels.append(f"<div>{charts.curve_chart(lines, (label, 'accuracy, %'))}</div>")
         if panels:
-            words = "The cost axis is logarithmic. FLOPs count the policy and the reward model, forward."
+            words = (
+                "The cost axis is logarithmic. FLOPs count the policy and the reward model, forward. Tokens one after another "
+                "are the longest sample of each round: what is waited for, however wide the batches are."
+            )
             parts.append(page.figure(WORDS[rule].capitalize(), f'<div class="panels">{"".join(panels)}</div>', words))
     return "".join(parts)
 
@@ -112,9 +120,7 @@ def levels_section(records: Sequence[Record], details: Mapping[str, Any]) -> str
         return ""
     arms = list(dict.fromkeys(arm for arm, _ in found))
     counts = {level: next(r["n"] for (_, m), r in found.items() if m.endswith(f"_{level}")) for level in levels}
-    rows = [
-        [page.text(arm), *(page.cell(found.get((arm, f"accuracy_level_{level}"))) for level in levels)] for arm in arms
-    ]
+    rows = [[page.text(arm), *(page.cell(found.get((arm, f"accuracy_level_{level}"))) for level in levels)] for arm in arms]
     heads = [f"level {level} (n = {counts[level]})" for level in levels]
     caption = "Levels are quantiles of the share of right samples (oracle), 1 the easiest. Weighted vote."
     parts = [page.table("Accuracy by level, %", [("", heads)], rows, caption)]
@@ -138,6 +144,12 @@ def coverage_section(data: Mapping[str, Any] | None) -> str:
         lines["exp(a k^b)"] = [(float(k), 100 * math.exp(law["a"] * k ** law["b"])) for k in data["k"]]
         words += f" The law: a = {law['a']:.3g}, b = {law['b']:.3g}, off by {100 * law['rmse']:.2f} points (root mean square)"
         words += f" and {100 * law['worst']:.2f} at most."
+    if "chance" in data:
+        lines["by luck"] = [(float(k), 100 * c) for k, c in zip(data["k"], data["chance"], strict=True)]
+        words += " By luck: answers to other problems, tried here."
+    if "sound" in data:
+        lines["right in every step"] = [(float(k), 100 * c) for k, c in zip(data["k"], data["sound"], strict=True)]
+        words += " Right in every step: solutions that the exact checker finds no error in."
     shares = [page.text(str(n)) for n in data["right_share_histogram"]]
     heads = [f"{i / 10:.1f}" for i in range(10)]
     table = page.table("Problems by their share of right samples, from", [("", heads)], [["problems", *shares]])
@@ -154,10 +166,16 @@ def runs_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
         cells = [page.cell(found.get((f"{rule}/{name}", "accuracy"))) for rule in WORDS]
         about = run["about"]
         behaviour = [number(about.get(key)) for key in ("solutions", "steps_of_the_chosen", "different_answers")]
-        rows.append([page.text(name), *cells, f"{run['tokens']:,.0f}", short(run["flops"]["best"]), *behaviour])
+        paid = [
+            f"{run['tokens']:,.0f}",
+            short(run["flops"]["best"]),
+            number(about.get("rounds")),
+            f"{run['serial']:,.0f}",
+        ]
+        rows.append([page.text(name), *cells, *paid, *behaviour])
     groups = [
         ("accuracy, %", [WORDS[rule] for rule in WORDS]),
-        ("cost a problem", ["generated tokens", "FLOPs"]),
+        ("cost a problem", ["generated tokens", "FLOPs", "rounds", "tokens one after another"]),
         ("mean a problem", ["solutions", "steps of the chosen", "different answers"]),
     ]
     caption = (

@@ -113,6 +113,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "eval.first_error": (evaluation.EvaluateFirstErrors, _stage(".evaluate_first_errors", "evaluate_first_errors")),
     "eval.prmbench": (evaluation.EvaluatePRMBench, _stage(".evaluate_first_errors", "evaluate_prmbench")),
     "eval.rewards": (claims.EvaluateRewards, _stage(".evaluate_claims", "evaluate_rewards")),
+    "eval.resampling": (evaluation.EvaluateResampling, _stage(".evaluate_resampling", "evaluate_resampling")),
     "eval.values": (claims.EvaluateValues, _stage(".evaluate_claims", "evaluate_values")),
     "eval.labels": (claims.EvaluateLabels, _stage(".evaluate_claims", "evaluate_labels")),
     "eval.pav_toy": (claims.EvaluatePAVToy, _stage(".evaluate_claims", "evaluate_pav_toy")),

@@ -31,6 +31,21 @@ def chance_coverage(chances: Sequence[float], k: int) -> float:
     return sum(1 - (1 - p) ** k for p in chances) / len(chances)
 
 
+def answers_by_luck(answers: Mapping[str, Sequence[str | None]], gold: Mapping[str, str]) -> dict[str, float]:
+    """Problem -> how often an answer to another problem is the right one here: the chance of a guess that knows the form alone.
+
+    Every other problem counts once, whatever the number of its samples; 0 for a single problem.
+    """
+    share: dict[str, dict[str, float]] = {}
+    total: dict[str, float] = {}
+    for problem, some in answers.items():
+        share[problem] = {a: some.count(a) / len(some) for a in set(some) if a is not None}
+        for answer, part in share[problem].items():
+            total[answer] = total.get(answer, 0.0) + part
+    others = max(len(answers) - 1, 1)
+    return {p: (total.get(gold[p], 0.0) - share[p].get(gold[p], 0.0)) / others for p in answers}
+
+
 @dataclass(frozen=True)
 class PowerLaw:
     """c(k) = exp(a k^b) with a, b < 0 (arXiv:2407.21787 Eq. 2), and how well it fits."""
@@ -41,6 +56,7 @@ class PowerLaw:
     worst: float  # largest distance
     points: int
     left_out: int  # points with coverage 0 or 1, whose log(-log c) does not exist
+    r2: float  # share of the variance of coverage over the points that it explains; NaN if coverage does not vary
 
     def __call__(self, k: float) -> float:
         return math.exp(self.a * k**self.b)
@@ -82,8 +98,15 @@ def fit_power_law(ks: Sequence[int], values: Sequence[float], iterations: int = 
             damping *= 3
     distance = np.abs(predict(theta) - y)
     rmse = float(np.sqrt((distance**2).mean()))
+    spread = float(((y - y.mean()) ** 2).mean())
     return PowerLaw(
-        -math.exp(theta[0]), float(theta[1]), rmse, float(distance.max()), len(kept), len(values) - len(kept)
+        a=-math.exp(theta[0]),
+        b=float(theta[1]),
+        rmse=rmse,
+        worst=float(distance.max()),
+        points=len(kept),
+        left_out=len(values) - len(kept),
+        r2=1 - rmse**2 / spread if spread else math.nan,
     )
 
 

@@ -105,4 +105,5 @@ class SearchResult:
     final_nodes: tuple[int, ...] = ()
     tokens: int = 0  # sampled for this root, thrown-away ones included
     rounds: int = 0  # calls of the policy that had to wait for each other
+    serial_tokens: int = 0  # the longest sample of every round: what is waited for, however wide the batches are
     curves: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

@@ -56,8 +56,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1)))
 
 
-def best_of_k(scores: Sequence[float], right: Sequence[bool], k: int) -> float:
-    """Expected correctness of the best-scored of k samples drawn from n without replacement.
+def best_of_k(scores: Sequence[float], right: Sequence[float], k: int) -> float:
+    """Expected correctness (or whatever `right` holds of a sample) of the best-scored of k samples drawn from n without
+    replacement.
 
     With samples ranked by score, rank i is the best of a draw with probability C(n - i, k - 1) / C(n, k); ranks of equal score
     share their samples' mean correctness.

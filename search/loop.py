@@ -69,7 +69,7 @@ class Tree:
         self.seed = seed
         self.root = Node(root, None, root)
         self.nodes = [self.root]
-        self.tokens = self.rounds = 0
+        self.tokens = self.rounds = self.serial_tokens = 0
         self.curves: dict[str, list[float]] = {}
 
     def seeds(self, count: int, *keys: int | str, start: int = 0) -> list[int]:
@@ -116,6 +116,8 @@ class Tree:
             self.nodes += row
             self.tokens += sum(len(child.ids) - len(state.ids) for child in children)
             made.append(row)
+        fresh = [len(node.state.ids) - len(node.base.ids) for row in made for node in row]
+        self.serial_tokens += max(fresh, default=0)
         return made
 
     def score(self, nodes: Sequence[Node], *, lookahead: int = 0) -> Generator[Ask, Any, list[float]]:
@@ -132,8 +134,10 @@ class Tree:
                 break
             self.rounds += 1
             further = yield Ask("greedy", [ahead[i] for i in going])
+            fresh = [len(state.ids) - len(ahead[i].ids) for i, state in zip(going, further, strict=True)]
+            self.tokens += sum(fresh)
+            self.serial_tokens += max(fresh)
             for i, state in zip(going, further, strict=True):
-                self.tokens += len(state.ids) - len(ahead[i].ids)
                 ahead[i] = state
         scores = yield Ask("score", ahead)
         for node, score in zip(nodes, scores, strict=True):
@@ -177,6 +181,7 @@ class Tree:
             final_nodes=tuple(node.index for node in finals),
             tokens=self.tokens,
             rounds=self.rounds,
+            serial_tokens=self.serial_tokens,
             curves={name: tuple(values) for name, values in self.curves.items()},
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -22,6 +23,7 @@ from stepladder.models.ledger import Ledger
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.reward import RewardModel, aggregate
 from stepladder.models.step_format import StepFormat
+from stepladder.tasks.chain import ChainArith
 
 POLICY = str(Path(models.__file__).parent / "lab_policy")
 TASK = {"kind": "chain", "p": 7, "min_steps": 4, "max_steps": 5, "sizes": {"test": 12}}
@@ -82,6 +84,43 @@ def test_every_arm_at_every_budget_is_measured(done):
     assert found["pass/best_of_n@8", "accuracy"]["value"] >= found["best/best_of_n@8", "accuracy"]["value"]
 
 
+def test_right_in_every_step_and_by_luck_stand_beside_coverage(done):
+    found = records_of(done)
+    task = ChainArith(p=7, min_steps=4, max_steps=5, sizes={"test": 12})
+    problems = {problem.id: problem for problem in task.problems("test")}
+    whole: dict[str, list[bool]] = {}
+    answers: dict[str, list[str | None]] = {}
+    for row in read_rows(done / "best_of_n@8", Solution):
+        whole.setdefault(row.problem_id, []).append(row.steps == tuple(task.reference_steps(problems[row.problem_id])))
+        answers.setdefault(row.problem_id, []).append(row.answer)
+    assert found["sound/best_of_n@8", "accuracy"]["value"] == pytest.approx(sum(map(any, whole.values())) / 12)
+    want = [comparing.pass_at_k(8, sum(one), 4) for one in whole.values()]
+    assert found["sound/best_of_n@4", "accuracy"]["value"] == pytest.approx(sum(want) / 12)
+    assert found["sound/best_of_n@4", "accuracy"]["flops"] == found["pass/best_of_n@4", "accuracy"]["flops"]
+    # A guess: any answer to any other problem.
+    luck = []
+    for name, problem in problems.items():
+        others = [a for other, some in answers.items() if other != name for a in some]
+        luck.append(sum(a == problem.answer for a in others) / len(others))
+    for k in (1, 4, 8):
+        want = [1 - (1 - p) ** k for p in luck]
+        assert found[f"chance/best_of_n@{k}", "accuracy"]["value"] == pytest.approx(sum(want) / 12)
+
+
+def test_what_is_waited_for(done):
+    """Independent samples are one round, as long as the longest; a step-wise search has a round for every step."""
+    runs = {(r["arm"], r["budget"]): r for r in read_json(done / "details.json")["search"]["runs"]}
+    lengths: dict[str, list[int]] = {}
+    for row in read_rows(done / "best_of_n@8", Solution):
+        lengths.setdefault(row.problem_id, []).append(len(row.token_ids))
+    assert runs["best_of_n", 8]["serial"] == pytest.approx(sum(map(max, lengths.values())) / 12)
+    pairs = [[max(pair) for pair in itertools.combinations(some, 4)] for some in lengths.values()]
+    assert runs["best_of_n", 4]["serial"] == pytest.approx(sum(sum(p) / len(p) for p in pairs) / 12)
+    assert {runs["best_of_n", n]["about"]["rounds"] for n in (1, 4, 8)} == {1.0}
+    assert runs["beam", 4]["about"]["rounds"] > 4
+    assert runs["mcts", 6]["serial"] > runs["mcts", 3]["serial"]
+
+
 def test_costs_are_those_of_the_ledgers(done):
     found = records_of(done)
     about = read_about(done / "beam@4")["ledger"]
@@ -98,15 +137,39 @@ def test_costs_are_those_of_the_ledgers(done):
     )
 
 
-def test_a_share_of_a_pool_pays_the_prompt_whole():
+def test_a_share_of_a_pool_pays_the_prompts_whole():
     sizes = {"policy": 10, "reward": 100}
-    whole = Ledger(generated_tokens=80, prefilled_tokens=7, reward_tokens=90, policy_calls=8, seconds=4.0)
-    whole.flops = 2 * 10 * 87 + 2 * 100 * 90
-    half = comparing.scaled(whole, 0.5, sizes)
-    assert (half.generated_tokens, half.prefilled_tokens, half.reward_tokens, half.policy_calls) == (40, 7, 45, 4)
-    assert half.flops == 2 * 10 * 47 + 2 * 100 * 45
-    assert comparing.scaled(whole, 1, sizes) == whole
+    whole = Ledger(generated_tokens=80, prefilled_tokens=7, reward_tokens=47, policy_calls=8, seconds=4.0)
+    whole.flops = 2 * 10 * 87 + 2 * 100 * 47
+    # Half of the samples hold three quarters of what the reward model reads behind the prompts: 7 + 0.75 * 40.
+    half = comparing.scaled(whole, 0.5, 0.75, sizes)
+    assert (half.generated_tokens, half.prefilled_tokens, half.reward_tokens, half.policy_calls) == (40, 7, 37, 4)
+    assert half.flops == 2 * 10 * 47 + 2 * 100 * 37
+    assert comparing.scaled(whole, 1.0, 1.0, sizes) == whole
     assert comparing.without_reward(whole, sizes).flops == 2 * 10 * 87
+    unscored = Ledger(generated_tokens=80, prefilled_tokens=7, policy_calls=8)
+    assert comparing.scaled(unscored, 0.5, 0.75, sizes).reward_tokens == 0
+
+
+def test_equal_solutions_are_scored_once_however_few_are_drawn():
+    """Against all draws of k: tokens of the different solutions among them."""
+    texts, tokens = "aabbbc", {"a": 3, "b": 5, "c": 11}
+    pool = comparing.Pool(list(texts), [False] * 6, [0.0] * 6, 0, [1] * 6, [(2, 3), (3, 5), (1, 11)])
+    for k in range(1, 7):
+        draws = [sum(tokens[t] for t in set(draw)) for draw in itertools.combinations(texts, k)]
+        assert comparing.scored_share([pool], k) == pytest.approx(sum(draws) / len(draws) / 19)
+    assert comparing.scored_share([pool, pool], 9) == 1.0
+
+
+def test_what_a_share_of_a_pool_would_cost_is_what_so_few_samples_cost(prm, tmp_path):
+    """Two samples searched alone, and read off a pool of twelve that holds many equal ones."""
+    found = []
+    for name, budgets in (("alone", [2]), ("read", [2, 12])):
+        arms = {"best_of_n": {"strategy": "best_of_n", "budgets": budgets}}
+        out = compare(tmp_path / name, prm, "--temperature", "0.3", arms=arms)
+        scored, voted = (records_of(out)[f"{rule}/best_of_n@2", "accuracy"] for rule in ("best", "majority"))
+        found.append((scored["tokens"], scored["flops"] - voted["flops"]))  # the policy's and the reward model's part
+    assert found[1] == (pytest.approx(found[0][0], rel=0.06), pytest.approx(found[0][1], rel=0.06))
 
 
 def test_at_equal_cost_nobody_pays_more_than_the_reference_and_its_slack(done):
@@ -156,12 +219,14 @@ def test_curves_and_page_are_written(done):
     page = (done / "report.html").read_text()
     for words in ("Accuracy over cost", "At equal cost", "By difficulty", "Repeated sampling", "weighted/pav"):
         assert words in page
-    for cost in ("flops", "tokens"):
+    for cost in ("flops", "tokens", "serial"):
         assert (done / f"curves-{cost}.png").read_bytes().startswith(b"\x89PNG")
     coverage = read_json(done / "details.json")["search"]["coverage"]
     assert coverage["k"][0] == 1
     assert coverage["k"][-1] == 8
     assert coverage["coverage"] == sorted(coverage["coverage"])
+    assert all(luck > 0 for luck in coverage["chance"])
+    assert all(a <= b for a, b in zip(coverage["sound"], coverage["coverage"], strict=True))
     assert sum(coverage["right_share_histogram"]) == 12
 
 
@@ -177,7 +242,7 @@ def test_without_matplotlib_the_page_has_the_curves(tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(report_search.importlib.util, "find_spec", lambda name: None)
     run = {
-        "arm": "beam", "budget": 4, "accuracy": dict.fromkeys(comparing.RULES, 0.5), "tokens": 10.0,
+        "arm": "beam", "budget": 4, "accuracy": dict.fromkeys(comparing.RULES, 0.5), "tokens": 10.0, "serial": 5.0,
         "flops": dict.fromkeys(comparing.RULES, 1e6), "ledger": Ledger().to_json(), "about": {},
     }  # fmt: skip
     details = {"reference": "beam", "runs": [run], "matched": [], "choices": {}, "coverage": None}

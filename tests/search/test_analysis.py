@@ -10,6 +10,7 @@ import pytest
 
 from stepladder.basics import fold_seed
 from stepladder.search.analysis import (
+    answers_by_luck,
     chance_coverage,
     compute_optimal,
     coverage,
@@ -62,6 +63,25 @@ def test_a_curve_that_is_no_power_law_says_so():
     assert good.rmse < 0.02 < 0.15 < bad.rmse
     with pytest.raises(ValueError, match="three or more k, found 1"):
         fit_power_law([1, 2, 4], [0.5, 1.0, 1.0])
+
+
+def test_the_share_of_variance_that_the_law_explains():
+    ks = log_spaced(200, 20)
+    rng = np.random.default_rng(3)
+    values = [float(np.clip(math.exp(-1.2 * k**-0.5) + rng.normal(0, 0.05), 0.01, 0.99)) for k in ks]
+    law = fit_power_law(ks, values)
+    rest = sum((law(k) - c) ** 2 for k, c in zip(ks, values, strict=True))
+    assert law.r2 == pytest.approx(1 - rest / sum((c - np.mean(values)) ** 2 for c in values))
+    assert fit_power_law(ks, [math.exp(-(k**-0.4)) for k in ks]).r2 == pytest.approx(1)
+    assert math.isnan(fit_power_law([1, 2, 4], [0.5, 0.5, 0.5]).r2)
+
+
+def test_luck_is_what_answers_to_other_problems_reach():
+    answers = {"a": ["1", "2", None, "1"], "b": ["1", "3"], "c": ["2", "2", "1", "1"]}
+    gold = {"a": "1", "b": "2", "c": "9"}
+    # Of b half, of c half answer 1; of a a quarter, of c half answer 2; nobody answers 9.
+    assert answers_by_luck(answers, gold) == pytest.approx({"a": 0.5, "b": 0.375, "c": 0.0})
+    assert answers_by_luck({"a": ["1"]}, {"a": "1"}) == {"a": 0.0}
 
 
 def test_log_spaced():

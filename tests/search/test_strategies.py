@@ -93,6 +93,33 @@ def test_a_result_is_whole(toy, name, finish):
 
 
 @every
+def test_what_is_waited_for_is_the_longest_sample_of_every_round(toy, name):
+    """A round of steps is a token of the toy; a round to the end, and a look ahead, as long as its longest."""
+
+    class Timed(toy):
+        waited = 0
+
+        def expand(self, states, seeds):
+            self.waited += 1
+            return super().expand(states, seeds)
+
+        def expand_greedily(self, states):
+            self.waited += 1
+            return super().expand_greedily(states)
+
+        def finish(self, states, seeds):
+            ends = super().finish(states, seeds)
+            self.waited += max(len(e.steps) - len(s.steps) for e, s in zip(ends, states, strict=True))
+            return ends
+
+    for seed in range(3):
+        world = Timed(seed=seed, finish=0.3, depth=6)
+        [result] = run(name, [world.root()], world, seed, **({"max_depth": 4} if name.startswith("beam") else {}))
+        assert result.serial_tokens == world.waited
+        assert max(len(state.steps) for state in result.finals) <= result.serial_tokens <= result.tokens
+
+
+@every
 def test_a_root_does_not_depend_on_its_neighbours(toy, name):
     """One that finishes at once, one that never does, another order, alone: the others' trees stay the same."""
     world = toy(depth=5, finish=0.2, finish_of={"early": 1.0, "late": 0.0})
