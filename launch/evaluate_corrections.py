@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,13 @@ from ..data_gen.inline import measure_inline
 from ..data_gen.rows import Dialogue, Solution
 from ..data_gen.searched import SEARCH_FILE, read_searches
 from ..data_gen.store import read_about, read_rows
-from ..data_gen.trajectories import Chain, chains_of_dialogues, chains_of_search, chains_of_solutions
+from ..data_gen.trajectories import (
+    Chain,
+    chains_of_dialogues,
+    chains_of_refinements,
+    chains_of_search,
+    chains_of_solutions,
+)
 from ..models.correction_metrics import (
     at_turn,
     detection,
@@ -43,8 +49,7 @@ def evaluate_corrections(config: options.EvaluateCorrections, out: Path) -> None
     records: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
-    for name, source in config.sources.items():
-        chains, ledger = read_chains(source, task, problems)
+    for name, source, chains, ledger in _arms(config.sources, task, problems):
         for metric, (ids, per_chain) in means(chains).items():
             one = values_of(name, metric, ids, per_chain)
             interval = paired_bootstrap(list(one["values"].values()), seed=config.seed)
@@ -62,6 +67,33 @@ def _needs_task(config: options.EvaluateCorrections) -> bool:
     return any(isinstance(s, str) and (Path(s) / SEARCH_FILE).is_file() for s in config.sources.values())
 
 
+def _arms(
+    sources: Mapping[str, Any], task: Task, problems: Mapping[str, Problem]
+) -> Iterator[tuple[str, Any, list[Chain], Ledger]]:
+    """(name, source, chains, cost) of every arm; a search with strategy glore has several, such as NAME/global."""
+    for name, source in sources.items():
+        if isinstance(source, str) and _strategy(source) == "glore":
+            ledger = Ledger(**read_about(source)["ledger"])
+            records = _records(source, problems)
+            arms = chains_of_refinements(records, read_rows(source, Solution), task, problems)
+            yield from ((f"{name}/{arm}" if arm else name, source, chains, ledger) for arm, chains in arms.items())
+        else:
+            yield name, source, *read_chains(source, task, problems)
+
+
+def _strategy(folder: str) -> str:
+    """The strategy of a search; empty if the folder is none."""
+    return read_json(Path(folder) / ABOUT_FILE)["strategy"] if (Path(folder) / SEARCH_FILE).is_file() else ""
+
+
+def _records(folder: str, problems: Mapping[str, Problem]) -> list[dict[str, Any]]:
+    records = list(read_searches(folder))
+    missing = next((r["problem_id"] for r in records if r["problem_id"] not in problems), None)
+    if missing is not None:
+        raise UserError(f"{folder}: problem {missing} is not in the split that was told")
+    return records
+
+
 def read_chains(source: Any, task: Task, problems: Mapping[str, Problem]) -> tuple[list[Chain], Ledger]:
     """The chains of a source and what they cost together."""
     folders = source if isinstance(source, list) else [source]
@@ -74,11 +106,10 @@ def read_chains(source: Any, task: Task, problems: Mapping[str, Problem]) -> tup
     if (Path(folder) / SEARCH_FILE).is_file():
         about = read_json(Path(folder) / ABOUT_FILE)
         if about["strategy"] not in ("corrections", "revisions"):
-            raise UserError(f"{folder}: strategy {about['strategy']} corrects nothing; corrections and revisions do")
-        records = list(read_searches(folder))
-        missing = next((r["problem_id"] for r in records if r["problem_id"] not in problems), None)
-        if missing is not None:
-            raise UserError(f"{folder}: problem {missing} is not in the split that was told")
+            raise UserError(
+                f"{folder}: strategy {about['strategy']} leaves no chains of attempts; corrections and revisions do"
+            )
+        records = _records(folder, problems)
         return chains_of_search(records, task, problems, criticised=bool(about.get("critic"))), ledger
     if Path(folder).is_dir() and read_about(folder)["row_type"] == "Solution":
         return chains_of_solutions([read_rows(folder, Solution)], [folder]), ledger

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..basics import UserError, fold_seed, make_folder
 from ..data_gen import critiques as critiques_
-from ..data_gen import flips, inline, rise
-from ..data_gen.rows import Dialogue, Solution
+from ..data_gen import flips, glore, inline, rise
+from ..data_gen.rows import Dialogue, Solution, StepLabels
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..models.engine import Engine
 from ..models.step_format import StepFormat
@@ -191,6 +191,47 @@ def make_best_refinements(config: options.BestRefinements, out: Path) -> bool:
     )  # fmt: skip
     write_rows(out, result.rows, dropped=result.dropped, counts=result.counts)
     return _finish(out, True)
+
+
+def make_global_refinements(config: options.GlobalRefinements, out: Path) -> bool:
+    """Wrong drafts with right solutions."""
+    required(config, "solutions")
+    result = glore.global_refinements(
+        read_rows(config.solutions, Solution), config.words(), per_draft=config.per_draft, per_problem=config.per_problem,
+        separator=config.separator, seed=config.seed,
+    )  # fmt: skip
+    if not result.rows:
+        raise UserError(f"{config.solutions}: no problem has both a wrong and a right solution")
+    write_rows(out, result.rows, dropped=result.dropped, counts=result.counts)
+    return _finish(out, True)
+
+
+def make_local_refinements(config: options.LocalRefinements, out: Path) -> bool:
+    """Wrong drafts with right ends from their first wrong step on."""
+    required(config, "labels", "policy")
+    task = load_task(config.task)
+    drafts, left_out = glore.wrong_drafts(read_rows(config.labels, StepLabels))
+    grouped: dict[str, list[Any]] = {}
+    for draft in drafts:
+        grouped.setdefault(draft[0].problem_id, []).append(draft)
+    groups = [first(own, config.per_problem) for own in first(list(grouped.values()), config.limit)]
+    if not groups:
+        raise UserError(f"{config.labels}: no wrong solution has a first wrong step ({dict(left_out)})")
+    print(f"{out.name}: {len(drafts)} drafts" + "".join(f", {n} {what}" for what, n in left_out.items()), flush=True)
+    problems = problems_of(config, task, [own[0][0] for own in groups], config.labels)
+    policy, wording = Asked(config, task, out, [own[0][0].prompt for own in groups]), config.words()
+
+    def work(unit: Sequence[Sequence[Any]]) -> UnitResult[Dialogue]:
+        engine, step_format = policy()
+        return glore.local_refinements(
+            engine, task, step_format, [draft for own in unit for draft in own], problems, wording, samples=config.samples,
+            per_draft=config.per_draft, consistent=config.consistent, sampling=_sampling(config), seed=config.seed,
+            policy=config.policy,
+        )  # fmt: skip
+
+    units = chunks(groups, config.unit_problems)
+    complete = make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name)
+    return _finish(out, complete)
 
 
 def make_rise(config: options.Rise, out: Path) -> bool:

@@ -38,6 +38,23 @@ class Correcting(Worded):
 
 
 @dataclass
+class Refining:
+    """Options of searches with strategy glore: who refines, and what says where a draft goes wrong."""
+
+    global_refiner: str = option(
+        "", "for strategy glore: the policy that writes a draft anew; empty makes no global refinements"
+    )
+    local_refiner: str = option(
+        "", "for strategy glore: the policy that goes on before the first wrong step of a draft"
+    )
+    locator: str = option(
+        "", "what finds that step: a reward model of steps (SORM, PRM), checker (the task's own), or random (a control)"
+    )
+    locator_threshold: float = option(0.5, "a step with a score under it is wrong")
+    refiner_temperature: float = option(0.0, "sampling temperature of refinements; 0 is greedy")
+
+
+@dataclass
 class Critiques(Worded, WithPolicy):
     """Writes step-by-step critiques of drafts: samples, and solutions with planted errors (Dialogue rows, kind critique)."""
 
@@ -158,6 +175,39 @@ class Rise(Worded, WithPolicy):
         self.words()
         if self.select not in ("all", "better", "best", "success"):
             raise ValueError(f"select must be all, better, best or success, found {self.select!r}")
+
+
+@dataclass
+class GlobalRefinements(Worded):
+    """Pairs wrong drafts with right solutions of their problem, for a global refiner (GLoRe; Dialogue rows, kind refine)."""
+
+    solutions: str = option("", "Solution rows, several of each problem, right and wrong ones")
+    per_draft: int = option(1, "right solutions of each draft at most, drawn with the seed")
+    per_problem: int = option(0, "drafts of each problem at most, the first sampled; 0 for all")
+    separator: str = option("\n", "text between steps")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_draft")
+        at_least(self, 0, "per_problem")
+        self.words()
+
+
+@dataclass
+class LocalRefinements(Worded, WithPolicy):
+    """Ends wrong drafts right from their first wrong step on, for a local refiner (GLoRe; Dialogue rows, kind refine)."""
+
+    labels: str = option("", "StepLabels rows of solutions: counts of continuations, or the checker's")
+    samples: int = option(8, "continuations of the steps before the first wrong one")
+    per_draft: int = option(1, "right ends of each draft at most")
+    per_problem: int = option(0, "drafts of each problem at most, the first sampled; 0 for all")
+    consistent: bool = option(True, "a right end must use the result of the step before it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "samples", "per_draft")
+        at_least(self, 0, "per_problem")
+        self.words()
 
 
 @dataclass

@@ -40,6 +40,22 @@ parallel: {SEARCH} critic: self, settings: {{n: 3, gate: always}}}}
 sequential: {SEARCH} critic: "@refiner", settings: {{n: 1, turns: 3, gate: oracle, keep: all}}}}
 walks: {SEARCH} split: train, settings: {{n: 6, turns: 2, keep: all}}}}
 retry: {SEARCH} settings: {{n: 2, turns: 2}}}}
+labels: {{do: data.step_labels, policy: "@policy", solutions: "@solutions", rollouts: 3}}
+global_rows: {{do: data.global_refinements, solutions: "@solutions", per_draft: 2}}
+local_rows: {{do: data.local_refinements, policy: "@policy", labels: "@labels", samples: 3, unit_problems: 3}}
+reward:
+  {{do: train.prm, model: "@policy", rows: "@labels", max_steps: 1, per_device_train_batch_size: 4, max_length: 100}}
+glore:
+  do: search.run
+  strategy: glore
+  settings: {{n: 2}}
+  policy: "@policy"
+  reward: "@reward"
+  global_refiner: "@refiner"
+  local_refiner: "@refiner"
+  locator: "@reward"
+  trees: -1
+  unit_problems: 3
 rise: {{do: data.rise, policy: "@refiner", best_of: 3, from_problem: true, unit_problems: 8, max_new_tokens: 30}}
 flips: {{do: data.flip_pairs, source: "@walks"}}
 inline: {{do: data.inline_corrections, policy: "@policy", solutions: "@solutions", positions: 0, unit_problems: 9}}
@@ -48,7 +64,8 @@ second: {{do: data.solutions, policy: "@policy", split: test, samples: 2, temper
 correction:
   do: eval.correction
   sources: {{critiques: "@critiques", refined: "@refined", parallel: "@parallel", sequential: "@sequential", retry: "@retry",
-            turns: ["@first", "@second"], shuffled: "@shuffled", alone: "@first"}}
+            turns: ["@first", "@second"], shuffled: "@shuffled", alone: "@first", glore: "@glore",
+            local_rows: "@local_rows"}}
   reflections: [Wait]
 report: {{do: report, results: ["@correction"]}}
 """
@@ -130,6 +147,58 @@ def test_metrics_of_every_source(made: Path) -> None:
     values = {(v["arm"], v["metric"]): v["values"] for v in read_json(made / "correction" / "values.json")}
     assert len(values["parallel", "accuracy"]) == 8
     assert sum(values["parallel", "accuracy"].values()) / 8 == pytest.approx(value("parallel", "accuracy"))
+
+
+def test_refinements_of_glore_are_arms_beside_the_choice_and_pay_for_every_model(made: Path) -> None:
+    found = {(r["arm"], r["metric"]): r["value"] for r in read_json(made / "correction" / "results.json")}
+    rows = {(r.problem_id, r.sample): r for r in read_rows(made / "glore", Solution)}
+    chosen, fixed = [], {"global": 0, "local": 0, "either": 0}
+    for record in read_searches(made / "glore"):
+        right = {f["node"]: f["outcome"] == "right" for f in record["finals"]}
+        chosen.append(record["finals"][record["chosen"]]["outcome"] == "right")
+        for place, node in enumerate(record["nodes"]):
+            if node["parent"] == 0:
+                after = {n["role"]: right[p] for p, n in enumerate(record["nodes"]) if n["parent"] == place}
+                assert "global" in after
+                if not right[place]:
+                    fixed["either"] += any(after.values())
+                    for role in after:
+                        fixed[role] += after[role]
+        for final in record["finals"]:
+            row = rows[record["problem_id"], final["sample"]]
+            node = record["nodes"][final["node"]]
+            if node.get("role") == "local":  # a whole solution, which begins as its draft does
+                draft = record["nodes"][node["parent"]]["steps"]
+                kept = len(row.steps) - len(node["steps"])
+                assert list(row.steps[:kept]) == draft[:kept]
+                assert row.text.strip()
+    assert found["glore", "accuracy"] == pytest.approx(sum(chosen) / len(chosen))
+    drafts = found["glore/global", "accuracy@t1"]
+    for arm in fixed:
+        assert found[f"glore/{arm}", "accuracy@t1"] == drafts
+        assert found[f"glore/{arm}", "wrong_to_right"] == pytest.approx(fixed[arm] / 16)
+    ledger = read_about(made / "glore")["ledger"]
+    assert ledger["generated_tokens"] == sum(r["tokens"] for r in read_searches(made / "glore"))
+    assert ledger["reward_tokens"] > 0
+    assert found["local_rows", "accuracy"] == 1
+    metas = [meta_of(row) for row in rows_of(made, "local_rows")]
+    assert all(len(m["prefix"]) == m["located"] for m in metas)
+    assert read_about(made / "local_rows")["ledger"]["generated_tokens"] > 0
+
+
+def test_a_search_with_refiners_says_what_it_lacks(refused: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made.parent)
+    config = {"task": TASK, "policy": "run/policy", "strategy": "glore", "reward": "run/reward"}
+    config |= {"global_refiner": "run/refiner"}
+    for more, told in (
+        ({}, "strategy glore with refine both needs local_refiner"),
+        ({"local_refiner": "run/refiner"}, "a local refiner needs a locator"),
+        ({"settings": {"refine": "none"}}, "refine must be one of both, global, local"),
+    ):
+        Path("glore.yaml").write_text(yaml.safe_dump({**config, **more}))
+        assert told in refused("search", "run", "--config", "glore.yaml", "--out", "out")
+    Path("local.yaml").write_text(yaml.safe_dump({"task": TASK, "policy": "run/policy", "labels": "run/empty.jsonl"}))
+    assert "empty.jsonl" in refused("data", "local_refinements", "--config", "local.yaml", "--out", "out")
 
 
 def test_rows_of_rise_flips_and_inline_corrections(made: Path) -> None:
