@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..basics import canonical_json, fold_seed
+from ..basics import UserError, canonical_json, fold_seed
 from ..models.corrections import StepVerdict, Wording, fill, read_critique, strip_leaks, write_critique
 from ..models.engine import Engine, Request, Sample, Sampling, StopReason
 from ..models.step_format import StepFormat
@@ -86,6 +86,23 @@ def natural_drafts(
             problems[row.problem_id], row.steps, row.right, "RG1", row.sample, row.source.policy
         )))  # fmt: skip
     return drafts
+
+
+def drafts_of_dialogues(rows: Sequence[Dialogue]) -> list[Draft]:
+    """The drafts of rows that have one in their meta (kinds draft, critique, refine), each once."""
+    found: dict[tuple[str, tuple[str, ...]], Draft] = {}
+    for number, row in enumerate(rows):
+        meta = meta_of(row)
+        if "draft" not in meta:
+            raise UserError(f"row {row.problem_id}: kind {row.kind} has no draft; draft, critique and refine have")
+        problem = Problem(row.problem_id, meta["prompt"], meta["reference"])
+        draft = Draft(
+            problem, tuple(meta["draft"]), meta["correct"][0], meta["source"], number, meta["writer"], meta["first_error"],
+            meta["error_known"], meta.get("error", ""),
+        )  # fmt: skip
+        if draft.steps:
+            found.setdefault((problem.id, draft.steps), draft)
+    return list(found.values())
 
 
 def _checked(task: Task, draft: Draft) -> Draft:
@@ -378,7 +395,8 @@ def refinements(
     metas = [meta_of(row) for row in critiques]
     asked, seeds = [], []
     for meta in metas:
-        said: str = {"empty": "", "shuffled": (donors or {}).get(meta["id"], "")}.get(control, meta["critique"])
+        # A draft without a critique is sent back with the plain request to try again.
+        said = {"empty": "", "shuffled": (donors or {}).get(meta["id"], "")}.get(control, meta["critique"])
         asked.append(wording.ask_attempt(meta["prompt"], [task.step_separator.join(meta["draft"])], [said]))
         seeds.append([fold_seed(seed, meta["id"], "refinement", k) for k in range(samples)])
     source = Source(policy, engine.name, task.name, seed)

@@ -137,11 +137,11 @@ def chains_of_refinements(
 
 
 def chains_of_dialogues(rows: Sequence[Dialogue]) -> list[Chain]:
-    """The chains of rows of the kinds critique (a draft that was criticised) and refine; verdicts are those of their meta."""
+    """The chains of rows of the kinds draft, critique (of a draft) and refine; verdicts are those of their meta."""
     chains = []
     for number, row in enumerate(rows):
-        if row.kind not in ("critique", "refine"):
-            raise UserError(f"row {row.problem_id}: kind {row.kind} has no attempts; critique and refine have")
+        if row.kind not in ("draft", "critique", "refine"):
+            raise UserError(f"row {row.problem_id}: kind {row.kind} has no attempts; draft, critique and refine have")
         meta = meta_of(row)
         draft = "\n".join(meta["draft"])
         attempts = [Attempt(draft, None, meta["correct"][0], meta.get("first_error"), bool(meta.get("error_known")))]

@@ -16,6 +16,7 @@ from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..models.engine import Engine
 from ..models.step_format import StepFormat
 from ..tasks.base import HasReference, Problem, StepPlanter, Task
+from ..tasks.free import FreeText
 from ..tasks.load import load_task
 from . import options_corrections as options
 from .evaluate_corrections import read_chains
@@ -41,12 +42,14 @@ class Asked:
 
 def make_critiques(config: options.Critiques, out: Path) -> bool:
     """Drafts and their critiques."""
+    if config.drafts:
+        return _criticise_drafts(config, out)
     task, problems = _problems(config)
     exact = config.writer == "checker" or (not config.writer and isinstance(task, StepPlanter))
     if exact and not isinstance(task, StepPlanter):
         raise UserError(f"task {task.name} cannot check steps and plant errors: set writer: policy, and give a policy")
     if not config.solutions and not config.rg2 and not config.rg3:
-        raise UserError("nothing to criticise: give solutions, or rg2 or rg3 of 1 or more")
+        raise UserError("nothing to criticise: give solutions or drafts, or rg2 or rg3 of 1 or more")
     if config.corrupt and not exact:
         raise UserError("corrupt is about the checker's critiques")
     wording = config.words()
@@ -103,6 +106,28 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
     return _finish(out, complete)
 
 
+def _criticise_drafts(config: options.Critiques, out: Path) -> bool:
+    """Critiques, by a policy, of the drafts of Dialogue rows."""
+    if config.solutions or config.rg2 or config.rg3 or config.writer == "checker":
+        raise UserError(
+            "drafts are criticised by a policy, and alone: leave out solutions, rg2, rg3 and writer: checker"
+        )
+    task = load_task(config.task)
+    drafts = first(critiques_.drafts_of_dialogues(read_rows(config.drafts, Dialogue)), config.limit)
+    policy, wording = Asked(config, task, out, [draft.problem.prompt for draft in drafts]), config.words()
+
+    def work(unit: Sequence[critiques_.Draft]) -> UnitResult[Dialogue]:
+        engine, step_format = policy()
+        return critiques_.written_critiques(
+            engine, task, step_format, unit, wording, samples=config.samples, sampling=_sampling(config), seed=config.seed,
+            policy=config.policy, annotate=config.annotate, strip=config.strip,
+        )  # fmt: skip
+
+    units = chunks(drafts, config.unit_problems)
+    complete = make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name)
+    return _finish(out, complete)
+
+
 def _references(task: Task, problems: Sequence[Problem]) -> dict[str, list[str]]:
     if not isinstance(task, HasReference):
         return {}
@@ -110,17 +135,25 @@ def _references(task: Task, problems: Sequence[Problem]) -> dict[str, list[str]]
     return {key: steps for key, steps in found.items() if steps}
 
 
-def read_dialogues(path: str, kind: str) -> list[Dialogue]:
-    """The rows, which must be of this kind."""
+def read_dialogues(path: str, *kinds: str) -> list[Dialogue]:
+    """The rows, which must be of these kinds."""
     rows = read_rows(path, Dialogue)
-    other = next((row.kind for row in rows if row.kind != kind), None)
+    other = next((row.kind for row in rows if row.kind not in kinds), None)
     if other is not None:
-        raise UserError(f"{path}: expected rows of kind {kind}, found {other}")
+        raise UserError(f"{path}: expected rows of kind {' or '.join(kinds)}, found {other}")
     return rows
 
 
 def problems_of(config: Any, task: Task, rows: Sequence[Any], path: str) -> Mapping[str, Problem]:
-    """The problems of the split; raises UserError if a row is of another."""
+    """The problems of the split, or for free text those that the rows state; raises UserError if a row is of another."""
+    if isinstance(task, FreeText):
+        metas = [critiques_.meta_of(row) if isinstance(row, Dialogue) else None for row in rows]
+        return {
+            row.problem_id: Problem(row.problem_id, meta["prompt"], meta["reference"])
+            if meta
+            else Problem(row.problem_id, row.prompt, row.gold)
+            for row, meta in zip(rows, metas, strict=True)
+        }
     problems = {problem.id: problem for problem in _split(task, config.split)}
     missing = next((row.problem_id for row in rows if row.problem_id not in problems), None)
     if missing is not None:
@@ -134,7 +167,9 @@ def make_refinements(config: options.Refinements, out: Path) -> bool:
     task = load_task(config.task)
     if config.repair and not isinstance(task, StepPlanter):
         raise UserError(f"task {task.name} cannot say what a step should be: repair needs that")
-    rows = read_dialogues(config.critiques, "critique")
+    rows = read_dialogues(config.critiques, "critique", "draft")
+    if any(row.kind == "draft" for row in rows) and (config.repair or config.control == "shuffled"):
+        raise UserError(f"{config.critiques}: rows of kind draft have no critique to repair or to shuffle")
     if config.only:
         rows = [row for row in rows if critiques_.meta_of(row)["correct"][0] == (config.only == "right")]
     if config.limit:

@@ -59,6 +59,9 @@ class Critiques(Worded, WithPolicy):
     """Writes step-by-step critiques of drafts: samples, and solutions with planted errors (Dialogue rows, kind critique)."""
 
     solutions: str = option("", "Solution rows: natural errors (RG1) and right ones; empty takes planted errors alone")
+    drafts: str = option(
+        "", "in place of solutions: Dialogue rows with drafts, such as imported ones; the task may be {kind: free} then"
+    )
     wrong: int = option(1, "wrong samples of each problem at most")
     right: int = option(1, "right samples of each problem at most")
     rg2: int = option(0, "drafts of each problem with an error planted at a told step")

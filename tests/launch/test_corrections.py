@@ -13,7 +13,8 @@ import pytest
 import yaml
 
 from stepladder.basics import UserError, read_json
-from stepladder.data_gen.critiques import meta_of
+from stepladder.data_gen import critiques as critiques_
+from stepladder.data_gen.critiques import drafts_of_dialogues, meta_of
 from stepladder.data_gen.rows import Dialogue, Message, Pair, Solution, Source
 from stepladder.data_gen.searched import read_searches
 from stepladder.data_gen.store import read_about, read_rows
@@ -22,6 +23,8 @@ from stepladder.launch.cli import main
 from stepladder.launch.evaluate_corrections import means
 from stepladder.launch.pipeline import run_recipe
 from stepladder.launch.report_corrections import corrections_section
+from stepladder.tasks.base import Problem
+from stepladder.tasks.load import load_task
 
 TASK = {"kind": "chain", "p": 7, "min_steps": 3, "max_steps": 4, "sizes": {"train": 16, "dev": 2, "test": 8}}
 SEARCH = '{do: search.run, strategy: corrections, policy: "@policy", trees: -1, unit_problems: 3, critic_max_new_tokens: 20, '
@@ -149,6 +152,32 @@ def test_metrics_of_every_source(made: Path) -> None:
     assert sum(values["parallel", "accuracy"].values()) / 8 == pytest.approx(value("parallel", "accuracy"))
 
 
+def test_drafts_of_rows_are_criticised_and_refined_without_the_task_that_they_are_of(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made.parent)
+    config = {"task": {"kind": "free", "answer_kind": "number"}, "policy": "run/refiner", "wording": "lab"}
+    config |= {"max_new_tokens": 30, "unit_problems": 9}
+    Path("freely.yaml").write_text(yaml.safe_dump({**config, "drafts": "run/critiques", "limit": 7}))
+    with monkeypatch.context() as patch:  # two steps of training make no critic
+        patch.setattr(critiques_, "text_of", lambda engine, sample: "Final answer verdict: Wrong")
+        main(["data", "critiques", "--config", "freely.yaml", "--out", "run/free_critiques"])
+    Path("freely.yaml").write_text(yaml.safe_dump({**config, "critiques": "run/critiques", "limit": 4}))
+    main(["data", "refinements", "--config", "freely.yaml", "--out", "run/free_refinements"])
+    given = list(dict.fromkeys((r.problem_id, tuple(meta_of(r)["draft"])) for r in rows_of(made, "critiques")))
+    found = rows_of(made, "free_critiques")
+    assert [(r.problem_id, tuple(meta_of(r)["draft"])) for r in found] == given[:7]
+    assert all(row.messages[0].content.endswith("Critique: \n ") for row in found)
+    task = load_task(TASK)
+    rows = rows_of(made, "free_refinements")
+    assert len({row.problem_id for row in rows}) == 4
+    for row in rows:
+        problem = Problem(row.problem_id, meta_of(row)["prompt"], meta_of(row)["reference"])
+        text = row.messages[-1].content
+        if "Answer:" in text:
+            assert meta_of(row)["correct"][1] == task.verify(problem, text).right
+
+
 def test_refinements_of_glore_are_arms_beside_the_choice_and_pay_for_every_model(made: Path) -> None:
     found = {(r["arm"], r["metric"]): r["value"] for r in read_json(made / "correction" / "results.json")}
     rows = {(r.problem_id, r.sample): r for r in read_rows(made / "glore", Solution)}
@@ -265,6 +294,8 @@ def test_rows_of_other_kinds_have_no_attempts() -> None:
     row = Dialogue("q", "solve", (Message("user", "?"),), "{}", Source("p", "e", "t", 0))
     with pytest.raises(UserError, match="kind solve has no attempts"):
         chains_of_dialogues([row])
+    with pytest.raises(UserError, match="kind solve has no draft"):
+        drafts_of_dialogues([row])
 
 
 MISTAKES: list[tuple[list[str], str]] = [
