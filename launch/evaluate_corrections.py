@@ -207,6 +207,12 @@ def _shares(chains: Sequence[Chain], seed: int) -> dict[str, tuple[int, tuple[fl
                 f"critic_{k}": v
                 for k, v in location([s.first_error for _, _, s in some], [a.first_error for _, a, _ in some]).items()
             })  # fmt: skip
+            # Errors in the second half of an attempt: a critic may well find early ones alone.
+            late = [x for x in known if x[1].first_error is not None and 2 * x[1].first_error >= _lines(x[1].text)]
+            if late:
+                add(late, lambda x: x[0], lambda some: {
+                    "critic_located_late": sum(s.first_error == a.first_error for _, a, s in some) / len(some)
+                })  # fmt: skip
     judged = [c for c in chains if len(c.attempts) == 2 and c.said[0] is not None]
     if judged and len(judged) == len(chains):
         gain = lambda some: gated_gain(
@@ -214,6 +220,10 @@ def _shares(chains: Sequence[Chain], seed: int) -> dict[str, tuple[int, tuple[fl
         )
         add(judged, lambda c: c.problem_id, lambda some: {"gated_gain": gain(some)[0]})
     return {metric: one for metric, one in found.items() if not math.isnan(one[1][0])}
+
+
+def _lines(text: str) -> int:
+    return sum(bool(line.strip()) for line in text.split("\n"))
 
 
 def _inline(

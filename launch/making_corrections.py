@@ -10,7 +10,7 @@ from typing import Any
 
 from ..basics import UserError, fold_seed, make_folder
 from ..data_gen import critiques as critiques_
-from ..data_gen import flips, glore, inline, rise
+from ..data_gen import flips, glore, inline, rise, self_talk
 from ..data_gen.rows import Dialogue, Solution, StepLabels
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..models.engine import Engine
@@ -226,6 +226,50 @@ def make_best_refinements(config: options.BestRefinements, out: Path) -> bool:
     )  # fmt: skip
     write_rows(out, result.rows, dropped=result.dropped, counts=result.counts)
     return _finish(out, True)
+
+
+def make_self_talk(config: options.SelfTalk, out: Path) -> bool:
+    """Trains of thought, as they were put together or rewritten by a model."""
+    required(config, "refinements")
+    task = load_task(config.task)
+    rows = read_dialogues(config.refinements, "refine")
+    if config.limit:
+        kept = set(list(dict.fromkeys(row.problem_id for row in rows))[: config.limit])
+        rows = [row for row in rows if row.problem_id in kept]
+    chains = self_talk.self_talk(
+        rows,
+        task,
+        config.template,
+        stop_at_error=config.stop_at_error,
+        per_problem=config.per_problem,
+        seed=config.seed,
+    )
+    if not config.policy:
+        write_rows(out, chains.rows, dropped=chains.dropped)
+        return _finish(out, True)
+    problems = problems_of(config, task, chains.rows, config.refinements)
+    policy = Asked(config, task, out, [row.messages[0].content for row in chains.rows])
+
+    def work(unit: Sequence[Dialogue]) -> UnitResult[Dialogue]:
+        engine, step_format = policy()
+        return self_talk.rewritten(
+            engine,
+            task,
+            step_format,
+            unit,
+            problems,
+            sampling=_sampling(config),
+            seed=config.seed,
+            policy=config.policy,
+        )
+
+    print(
+        f"{out.name}: {len(chains.rows)} chains" + "".join(f", {n} {what}" for what, n in chains.dropped.items()),
+        flush=True,
+    )
+    units = chunks(chains.rows, config.unit_problems)
+    complete = make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name)
+    return _finish(out, complete)
 
 
 def make_global_refinements(config: options.GlobalRefinements, out: Path) -> bool:

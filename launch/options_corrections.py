@@ -181,6 +181,29 @@ class Rise(Worded, WithPolicy):
 
 
 @dataclass
+class SelfTalk(WithPolicy):
+    """Makes one train of thought of draft, critique and right refinement (self-talk; Dialogue rows, kind selfcorrect)."""
+
+    refinements: str = option("", "Dialogue rows of kind refine; right refinements of wrong drafts are used")
+    template: str = option(
+        "{draft}\nWait, let me check that.\n{critique}\nSo I go through it again.\n{refinement}",
+        "how draft, critique and refinement stand together",
+    )
+    stop_at_error: bool = option(True, "the draft breaks off behind its first wrong step, where that is known or said")
+    per_problem: int = option(1, "chains of each problem at most, drawn with the seed; 0 for all")
+    policy: str = option(
+        "", "a model that rewrites chains as monologues, of which those that end right are kept; empty: none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "per_problem")
+        for part in ("{draft}", "{refinement}"):
+            if part not in self.template:
+                raise ValueError(f"template must contain {part}, found {self.template!r:.80}")
+
+
+@dataclass
 class GlobalRefinements(Worded):
     """Pairs wrong drafts with right solutions of their problem, for a global refiner (GLoRe; Dialogue rows, kind refine)."""
 

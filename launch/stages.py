@@ -89,6 +89,7 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
         corrections.LocalRefinements,
         _stage(".making_corrections", "make_local_refinements"),
     ),
+    "data.self_talk": (corrections.SelfTalk, _stage(".making_corrections", "make_self_talk")),
     "data.rise": (corrections.Rise, _stage(".making_corrections", "make_rise")),
     "data.flip_pairs": (corrections.FlipPairs, _stage(".making_corrections", "make_flip_pairs")),
     "data.inline_corrections": (corrections.InlineCorrections, _stage(".making_corrections", "make_inline")),
