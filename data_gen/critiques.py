@@ -242,8 +242,11 @@ def critique_rows(
     *,
     strip: bool = True,
     marks: Sequence[str] | None = None,
+    keep_unreadable: bool = False,
 ) -> UnitResult[Dialogue]:
     """A row of kind `critique` for each text about each draft. Texts without a verdict are dropped, leaks of the answer cut.
+
+    With `keep_unreadable` they stay, and say nothing: to judge a critic, not to learn from.
 
     `meta` says: id, prompt, reference, draft (its steps), correct, source (RG1 ...), writer, first_error, error, critique,
     wrong (what it says), and in `mark` how it was made if that is told. An answer that a right draft gives already is no leak.
@@ -257,10 +260,13 @@ def critique_rows(
                 result.counts["sentences cut that gave the answer away"] += cut
             reading = read_critique(critique)
             if reading.wrong is None:
-                result.dropped["critiques without a verdict"] += 1
-                continue
-            # By the answer: a flawed draft with a right answer is called right.
-            result.counts["critiques that agree with the answer"] += reading.wrong != draft.right
+                if not keep_unreadable:
+                    result.dropped["critiques without a verdict"] += 1
+                    continue
+                result.counts["critiques without a verdict"] += 1
+            else:
+                # By the answer: a flawed draft with a right answer is called right.
+                result.counts["critiques that agree with the answer"] += reading.wrong != draft.right
             meta = {
                 "id": f"{draft.key}/{number}", "prompt": problem.prompt, "reference": problem.answer,
                 "draft": list(draft.steps), "correct": [draft.right], "source": draft.origin, "writer": draft.writer,
@@ -315,6 +321,7 @@ def written_critiques(
     policy: str,
     annotate: bool,
     strip: bool = True,
+    keep_unreadable: bool = False,
 ) -> UnitResult[Dialogue]:
     """Rows with `samples` critiques of each draft by a language model.
 
@@ -335,7 +342,8 @@ def written_critiques(
     seeds = [[fold_seed(seed, draft.key, "critique", k) for k in range(samples)] for draft in drafts]
     found = ask(engine, step_format, asked, seeds, sampling)
     texts = [[text_of(engine, s) for s in own if s.stop is not StopReason.CONTEXT] for own in found]
-    result = critique_rows(drafts, texts, wording, task, Source(policy, engine.name, task.name, seed), strip=strip)
+    source = Source(policy, engine.name, task.name, seed)
+    result = critique_rows(drafts, texts, wording, task, source, strip=strip, keep_unreadable=keep_unreadable)
     result.dropped["drafts longer than the context"] += sum(not own for own in texts)
     result.dropped = +result.dropped
     result.ledger = engine.ledger - before

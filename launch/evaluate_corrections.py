@@ -202,16 +202,18 @@ def _shares(chains: Sequence[Chain], seed: int) -> dict[str, tuple[int, tuple[fl
             "critic_leaks": sum(s.leak for _, _, s in some) / len(some),
         })  # fmt: skip
         known = [x for x in said if x[1].error_known]
+        # What cannot be read names no step, and clears no solution either.
+        named = lambda s: -1 if s.wrong is None else s.first_error
         if known:
             add(known, lambda x: x[0], lambda some: {
                 f"critic_{k}": v
-                for k, v in location([s.first_error for _, _, s in some], [a.first_error for _, a, _ in some]).items()
+                for k, v in location([named(s) for _, _, s in some], [a.first_error for _, a, _ in some]).items()
             })  # fmt: skip
             # Errors in the second half of an attempt: a critic may well find early ones alone.
             late = [x for x in known if x[1].first_error is not None and 2 * x[1].first_error >= _lines(x[1].text)]
             if late:
                 add(late, lambda x: x[0], lambda some: {
-                    "critic_located_late": sum(s.first_error == a.first_error for _, a, s in some) / len(some)
+                    "critic_located_late": sum(named(s) == a.first_error for _, a, s in some) / len(some)
                 })  # fmt: skip
     judged = [c for c in chains if len(c.attempts) == 2 and c.said[0] is not None]
     if judged and len(judged) == len(chains):

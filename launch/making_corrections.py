@@ -95,6 +95,7 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
             result = critiques_.written_critiques(
                 engine, task, step_format, drafts, wording, samples=config.samples, sampling=_sampling(config),
                 seed=config.seed, policy=config.policy, annotate=config.annotate, strip=config.strip,
+                keep_unreadable=config.keep_unreadable,
             )  # fmt: skip
             result.ledger = engine.ledger - before
         result.dropped.update(dropped)
@@ -121,6 +122,7 @@ def _criticise_drafts(config: options.Critiques, out: Path) -> bool:
         return critiques_.written_critiques(
             engine, task, step_format, unit, wording, samples=config.samples, sampling=_sampling(config), seed=config.seed,
             policy=config.policy, annotate=config.annotate, strip=config.strip,
+            keep_unreadable=config.keep_unreadable,
         )  # fmt: skip
 
     units = chunks(drafts, config.unit_problems)

@@ -75,6 +75,9 @@ class Critiques(Worded, WithPolicy):
     reason_first: bool = option(False, "the checker says of every step what should stand there, before its verdict")
     corrupt: float = option(0.0, "share of the checker's critiques with a wrong finding, to put a filter to the test")
     strip: bool = option(True, "cut sentences that give the reference answer away")
+    keep_unreadable: bool = option(
+        False, "a policy's critiques without a verdict stay, to judge a critic by all it wrote"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,13 +14,14 @@ import yaml
 
 from stepladder.basics import UserError, read_json
 from stepladder.data_gen import critiques as critiques_
+from stepladder.data_gen import self_talk
 from stepladder.data_gen.critiques import drafts_of_dialogues, meta_of
 from stepladder.data_gen.rows import Dialogue, Message, Pair, Solution, Source
 from stepladder.data_gen.searched import read_searches
 from stepladder.data_gen.store import read_about, read_rows
 from stepladder.data_gen.trajectories import Attempt, Chain, Said, chains_of_dialogues
 from stepladder.launch.cli import main
-from stepladder.launch.evaluate_corrections import means
+from stepladder.launch.evaluate_corrections import _shares, means
 from stepladder.launch.pipeline import run_recipe
 from stepladder.launch.report_corrections import corrections_section
 from stepladder.tasks.base import Problem
@@ -43,6 +44,7 @@ parallel: {SEARCH} critic: self, settings: {{n: 3, gate: always}}}}
 sequential: {SEARCH} critic: "@refiner", settings: {{n: 1, turns: 3, gate: oracle, keep: all}}}}
 walks: {SEARCH} split: train, settings: {{n: 6, turns: 2, keep: all}}}}
 retry: {SEARCH} settings: {{n: 2, turns: 2}}}}
+talk: {{do: data.self_talk, refinements: "@repaired", template: "{{draft}}\\nWait\\n{{refinement}}"}}
 labels: {{do: data.step_labels, policy: "@policy", solutions: "@solutions", rollouts: 3}}
 global_rows: {{do: data.global_refinements, solutions: "@solutions", per_draft: 2}}
 local_rows: {{do: data.local_refinements, policy: "@policy", labels: "@labels", samples: 3, unit_problems: 3}}
@@ -178,6 +180,33 @@ def test_drafts_of_rows_are_criticised_and_refined_without_the_task_that_they_ar
             assert meta_of(row)["correct"][1] == task.verify(problem, text).right
 
 
+def test_self_talk_as_it_is_put_together_and_as_a_model_rewrites_it(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made.parent)
+    task, rows = load_task(TASK), rows_of(made, "talk")
+    assert len({row.problem_id for row in rows}) == len(rows) > 3
+    for row in rows:
+        problem = Problem(row.problem_id, meta_of(row)["prompt"], meta_of(row)["reference"])
+        first, second = row.messages[1].content.split("\nWait\n")
+        assert len(first.split("\n")) == meta_of(row)["first_error"] + 1
+        assert task.verify(problem, second).right
+    config = {
+        "task": TASK,
+        "policy": "run/policy",
+        "refinements": "run/repaired",
+        "unit_problems": 2,
+        "max_new_tokens": 9,
+    }
+    Path("talk.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(self_talk, "text_of", lambda engine, sample: f"Answer: {len(sample.ids) % 2}")
+    main(["data", "self_talk", "--config", "talk.yaml", "--out", "run/monologues"])
+    about = read_about(made / "monologues")
+    assert about["rows"] + sum(about["dropped"].values()) == len(rows)
+    assert all(meta_of(row)["rewritten"] for row in rows_of(made, "monologues"))
+    assert all(meta_of(row)["reference"] in ("0", "1") for row in rows_of(made, "monologues"))
+
+
 def test_refinements_of_glore_are_arms_beside_the_choice_and_pay_for_every_model(made: Path) -> None:
     found = {(r["arm"], r["metric"]): r["value"] for r in read_json(made / "correction" / "results.json")}
     rows = {(r.problem_id, r.sample): r for r in read_rows(made / "glore", Solution)}
@@ -288,6 +317,22 @@ def test_votes_over_turns_and_chains() -> None:
     assert found["helpfulness"] == (["p", "p"], [1.0, 0.0])
     assert found["harm"] == (["q"], [0.0])
     assert found["changed"] == (["p", "p"], [0.0, 0.0])
+
+
+def test_late_errors_are_told_apart_and_what_cannot_be_read_finds_and_clears_nothing() -> None:
+    def chain(problem: str, error: int | None, says: int | None, wrong: bool | None) -> Chain:
+        about = Attempt("a\nb\nc\nd", None, error is None, error, True)
+        return Chain(problem, 0, (about,), (Said("", wrong, says, False),))
+
+    chains = [
+        chain("p", 0, 0, True), chain("q", 1, 1, True), chain("r", 2, 2, True), chain("s", 3, 2, True),
+        chain("t", None, None, False),
+        chain("u", None, None, None), chain("v", 2, None, None),
+    ]  # fmt: skip
+    found = {metric: (n, value[0]) for metric, (n, value) in _shares(chains, 0).items()}
+    assert found["critic_located_late"] == (3, pytest.approx(1 / 3))  # r, s and v
+    assert found["critic_located"] == (7, pytest.approx(3 / 5))
+    assert found["critic_cleared"] == (7, pytest.approx(1 / 2))  # t, and not u
 
 
 def test_rows_of_other_kinds_have_no_attempts() -> None:
