@@ -196,15 +196,17 @@ def test_self_talk_as_it_is_put_together_and_as_a_model_rewrites_it(
         "policy": "run/policy",
         "refinements": "run/repaired",
         "unit_problems": 2,
-        "max_new_tokens": 9,
+        "max_new_tokens": 90,
     }
     Path("talk.yaml").write_text(yaml.safe_dump(config))
-    monkeypatch.setattr(self_talk, "text_of", lambda engine, sample: f"Answer: {len(sample.ids) % 2}")
+    texts = iter([f"Answer: {meta_of(row)['reference']}" if number % 2 else "No." for number, row in enumerate(rows)])
+    monkeypatch.setattr(self_talk, "text_of", lambda engine, sample: next(texts))
     main(["data", "self_talk", "--config", "talk.yaml", "--out", "run/monologues"])
-    about = read_about(made / "monologues")
+    found, about = rows_of(made, "monologues"), read_about(made / "monologues")
     assert about["rows"] + sum(about["dropped"].values()) == len(rows)
-    assert all(meta_of(row)["rewritten"] for row in rows_of(made, "monologues"))
-    assert all(meta_of(row)["reference"] in ("0", "1") for row in rows_of(made, "monologues"))
+    assert about["dropped"]["monologues that end wrong"] > 0
+    assert {row.problem_id for row in found} <= {row.problem_id for row in rows[1::2]}
+    assert all(row.messages[1].content == f"Answer: {meta_of(row)['reference']}" for row in found)
 
 
 def test_refinements_of_glore_are_arms_beside_the_choice_and_pay_for_every_model(made: Path) -> None:
