@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stepladder import models
 from stepladder.basics import UserError, read_json
 from stepladder.data_gen import critiques as critiques_
 from stepladder.data_gen import self_talk
@@ -27,6 +28,7 @@ from stepladder.launch.report_corrections import corrections_section
 from stepladder.tasks.base import Problem
 from stepladder.tasks.load import load_task
 
+LAB_POLICY = str(Path(models.__file__).parent / "lab_policy")
 TASK = {"kind": "chain", "p": 7, "min_steps": 3, "max_steps": 4, "sizes": {"train": 16, "dev": 2, "test": 8}}
 SEARCH = '{do: search.run, strategy: corrections, policy: "@policy", trees: -1, unit_problems: 3, critic_max_new_tokens: 20, '
 STAGES = f"""
@@ -254,6 +256,7 @@ def test_a_search_with_refiners_says_what_it_lacks(refused: Any, made: Path, mon
         ({}, "strategy glore with refine both needs local_refiner"),
         ({"local_refiner": "run/refiner"}, "a local refiner needs a locator"),
         ({"settings": {"refine": "none"}}, "refine must be one of both, global, local"),
+        ({"local_refiner": LAB_POLICY, "locator": "checker", "wording": "lab"}, "needs the vocabulary of the policy"),
     ):
         Path("glore.yaml").write_text(yaml.safe_dump({**config, **more}))
         assert told in refused("search", "run", "--config", "glore.yaml", "--out", "out")
@@ -301,6 +304,18 @@ def test_shards_and_a_second_run_give_the_same_bytes(made: Path, monkeypatch: py
     for shard in ("1/2", "0/2"):
         main(["data", "refinements", "--config", "refined.yaml", "--out", "sharded", "--shard", shard])
     assert Path("sharded/rows.parquet").read_bytes() == (made / "refined" / "rows.parquet").read_bytes()
+    local = {
+        "task": TASK,
+        "max_new_tokens": 40,
+        "wording": "lab",
+        "labels": "run/labels",
+        "policy": "run/policy",
+        "samples": 3,
+    }
+    Path("local.yaml").write_text(yaml.safe_dump({**local, "unit_problems": 3}))
+    for shard in ("1/2", "0/2"):
+        main(["data", "local_refinements", "--config", "local.yaml", "--out", "sharded_local", "--shard", shard])
+    assert Path("sharded_local/rows.parquet").read_bytes() == (made / "local_rows" / "rows.parquet").read_bytes()
 
 
 def test_votes_over_turns_and_chains() -> None:
@@ -352,7 +367,7 @@ MISTAKES: list[tuple[list[str], str]] = [
      "task text cannot check steps and plant errors"),
     (["data", "critiques", "--rg2", "1", "--writer", "policy", "--corrupt", "0.1"], "corrupt is about the checker"),
     (["data", "refinements", "--policy", "run/policy"], "critiques is missing"),
-    (["data", "refinements", "--critiques", "run/refined", "--policy", "run/policy"], "of kind critique, found refine"),
+    (["data", "refinements", "--critiques", "run/refined", "--policy", "run/policy"], "of kind critique or draft, found refine"),
     (["data", "refinements", "--critiques", "run/critiques", "--policy", "run/policy", "--config", "task.yaml", "--split", "test"],
      "is not in split 'test'"),
     (["data", "refinements", "--repair", "--control", "empty"], "repair asks no refiner"),
