@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..basics import canonical_json, fold_seed
+from ..basics import UserError, canonical_json, fold_seed
 from ..models.corrections import StepVerdict, Wording, fill, read_critique, strip_leaks, write_critique
 from ..models.engine import Engine, Request, Sample, Sampling, StopReason
 from ..models.step_format import StepFormat
@@ -86,6 +86,23 @@ def natural_drafts(
             problems[row.problem_id], row.steps, row.right, "RG1", row.sample, row.source.policy
         )))  # fmt: skip
     return drafts
+
+
+def drafts_of_dialogues(rows: Sequence[Dialogue]) -> list[Draft]:
+    """The drafts of rows that have one in their meta (kinds draft, critique, refine), each once."""
+    found: dict[tuple[str, tuple[str, ...]], Draft] = {}
+    for number, row in enumerate(rows):
+        meta = meta_of(row)
+        if "draft" not in meta:
+            raise UserError(f"row {row.problem_id}: kind {row.kind} has no draft; draft, critique and refine have")
+        problem = Problem(row.problem_id, meta["prompt"], meta["reference"])
+        draft = Draft(
+            problem, tuple(meta["draft"]), meta["correct"][0], meta["source"], number, meta["writer"], meta["first_error"],
+            meta["error_known"], meta.get("error", ""),
+        )  # fmt: skip
+        if draft.steps:
+            found.setdefault((problem.id, draft.steps), draft)
+    return list(found.values())
 
 
 def _checked(task: Task, draft: Draft) -> Draft:
@@ -225,8 +242,11 @@ def critique_rows(
     *,
     strip: bool = True,
     marks: Sequence[str] | None = None,
+    keep_unreadable: bool = False,
 ) -> UnitResult[Dialogue]:
     """A row of kind `critique` for each text about each draft. Texts without a verdict are dropped, leaks of the answer cut.
+
+    With `keep_unreadable` they stay, and say nothing: to judge a critic, not to learn from.
 
     `meta` says: id, prompt, reference, draft (its steps), correct, source (RG1 ...), writer, first_error, error, critique,
     wrong (what it says), and in `mark` how it was made if that is told. An answer that a right draft gives already is no leak.
@@ -240,10 +260,13 @@ def critique_rows(
                 result.counts["sentences cut that gave the answer away"] += cut
             reading = read_critique(critique)
             if reading.wrong is None:
-                result.dropped["critiques without a verdict"] += 1
-                continue
-            # By the answer: a flawed draft with a right answer is called right.
-            result.counts["critiques that agree with the answer"] += reading.wrong != draft.right
+                if not keep_unreadable:
+                    result.dropped["critiques without a verdict"] += 1
+                    continue
+                result.counts["critiques without a verdict"] += 1
+            else:
+                # By the answer: a flawed draft with a right answer is called right.
+                result.counts["critiques that agree with the answer"] += reading.wrong != draft.right
             meta = {
                 "id": f"{draft.key}/{number}", "prompt": problem.prompt, "reference": problem.answer,
                 "draft": list(draft.steps), "correct": [draft.right], "source": draft.origin, "writer": draft.writer,
@@ -298,6 +321,7 @@ def written_critiques(
     policy: str,
     annotate: bool,
     strip: bool = True,
+    keep_unreadable: bool = False,
 ) -> UnitResult[Dialogue]:
     """Rows with `samples` critiques of each draft by a language model.
 
@@ -318,7 +342,8 @@ def written_critiques(
     seeds = [[fold_seed(seed, draft.key, "critique", k) for k in range(samples)] for draft in drafts]
     found = ask(engine, step_format, asked, seeds, sampling)
     texts = [[text_of(engine, s) for s in own if s.stop is not StopReason.CONTEXT] for own in found]
-    result = critique_rows(drafts, texts, wording, task, Source(policy, engine.name, task.name, seed), strip=strip)
+    source = Source(policy, engine.name, task.name, seed)
+    result = critique_rows(drafts, texts, wording, task, source, strip=strip, keep_unreadable=keep_unreadable)
     result.dropped["drafts longer than the context"] += sum(not own for own in texts)
     result.dropped = +result.dropped
     result.ledger = engine.ledger - before
@@ -378,7 +403,8 @@ def refinements(
     metas = [meta_of(row) for row in critiques]
     asked, seeds = [], []
     for meta in metas:
-        said: str = {"empty": "", "shuffled": (donors or {}).get(meta["id"], "")}.get(control, meta["critique"])
+        # A draft without a critique is sent back with the plain request to try again.
+        said = {"empty": "", "shuffled": (donors or {}).get(meta["id"], "")}.get(control, meta["critique"])
         asked.append(wording.ask_attempt(meta["prompt"], [task.step_separator.join(meta["draft"])], [said]))
         seeds.append([fold_seed(seed, meta["id"], "refinement", k) for k in range(samples)])
     source = Source(policy, engine.name, task.name, seed)

@@ -15,12 +15,13 @@ from typing import Any
 
 from ..basics import UserError, fold_seed
 from ..tasks.records import read_records
+from .import_critiques import math_critique, mr_gsm8k_reasons, real_critic
 from .import_errors import big_bench_mistake, mr_ben, mr_gsm8k, prmbench, processbench
 from .import_samples import gsm8k_solutions, math_best_of_8
 from .import_values import math_aps, math_shepherd, stepwise
 from .imported import LeftOut, Record, process_bench_record
 from .prm800k import prm800k, prm800k_pairs
-from .rows import Pair, Solution, StepLabels, Tree
+from .rows import Dialogue, Pair, Solution, StepLabels, Tree
 from .store import UnitResult
 
 Reader = Callable[[Record], Iterator[Any]]
@@ -37,6 +38,9 @@ FORMATS: dict[str, tuple[type, Reader]] = {
     "big_bench_mistake": (StepLabels, big_bench_mistake),
     "gsm8k_solutions": (Solution, gsm8k_solutions),
     "math_best_of_8": (Solution, math_best_of_8),
+    "math_critique": (Dialogue, math_critique),
+    "real_critic": (Dialogue, real_critic),
+    "mr_gsm8k_reasons": (Dialogue, mr_gsm8k_reasons),
 }
 NAMES = ("prm800k", "prm800k_pairs", *FORMATS)
 

@@ -43,15 +43,7 @@ def sorm_rows(
     balanced: no step ends there. Rows without a label are left out.
     """
     counts: Counter[str] = Counter()
-    positive: set[tuple[str, tuple[str, ...]]] = set()
-    raw: dict[tuple[str, tuple[str, ...]], bool] = {}
-    for row in rows:
-        for t, (correct, rollouts) in enumerate(zip(row.n_correct, row.n_rollouts, strict=True)):
-            if rollouts:
-                key = (row.problem_id, row.steps[:t])
-                raw[key] = raw.get(key, False) or correct > 0
-    for problem_id, steps in (key for key, right in raw.items() if right):
-        positive.update((problem_id, steps[:t]) for t in range(0 if propagate else len(steps), len(steps) + 1))
+    raw, positive = positive_prefixes(rows, propagate=propagate)
     counts["labels made positive by a later step"] = sum(not right and key in positive for key, right in raw.items())
 
     seen: set[tuple[str, tuple[str, ...]]] = set()
@@ -77,6 +69,25 @@ def sorm_rows(
     given = [c for row in kept for c, n in zip(row.n_correct[1:], row.n_rollouts[1:], strict=True) if n]
     counts["positive labels"], counts["negative labels"] = sum(given), len(given) - sum(given)
     return kept, counts
+
+
+def positive_prefixes(
+    rows: Sequence[StepLabels], *, propagate: bool = True
+) -> tuple[dict[tuple[str, tuple[str, ...]], bool], set[tuple[str, tuple[str, ...]]]]:
+    """(prefix -> whether a continuation of it ended right; the positive prefixes), by problem and steps, over all rows.
+
+    With `propagate` a prefix of a positive prefix is positive.
+    """
+    raw: dict[tuple[str, tuple[str, ...]], bool] = {}
+    for row in rows:
+        for t, (correct, rollouts) in enumerate(zip(row.n_correct, row.n_rollouts, strict=True)):
+            if rollouts:
+                key = (row.problem_id, row.steps[:t])
+                raw[key] = raw.get(key, False) or correct > 0
+    positive: set[tuple[str, tuple[str, ...]]] = set()
+    for problem_id, steps in (key for key, right in raw.items() if right):
+        positive.update((problem_id, steps[:t]) for t in range(0 if propagate else len(steps), len(steps) + 1))
+    return raw, positive
 
 
 def checker_labels(

@@ -149,7 +149,7 @@ class Dialogue:
     """Messages for the one weighted, masked fine-tuning loss: plain solutions, critiques, refinements, self-correction."""
 
     problem_id: str
-    kind: str  # solve, critique, refine, revise, selfcorrect
+    kind: str  # solve, draft (nothing trains), critique, refine, revise, selfcorrect
     messages: tuple[Message, ...]
     meta: str  # free JSON, kept as text so that every row has one schema
     source: Source

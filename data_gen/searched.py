@@ -9,7 +9,7 @@ from typing import Any
 
 from ..basics import UserError, read_jsonl
 from ..models.steps import cut_steps
-from ..search.base import SearchResult
+from ..search.base import SearchResult, TreeNode
 from ..tasks.base import Problem, Task
 from .rows import Node, Solution, Source, Tree
 
@@ -45,7 +45,7 @@ def search_record(
     chosen   index in `finals` of the strategy's own answer
     depth, rounds, serial_tokens, tokens, curves     as in `search.base.SearchResult`
     nodes    [{parent, steps, score, status, done, tokens, logprob, visits, value, prior}] as in `search.base.TreeNode`, the
-             root first; null where the tree was not kept
+             root first, and `role` where it has one; null where the tree was not kept
     """
     finals = [
         {"sample": row.sample, "node": node, "score": score, "answer": row.answer, "outcome": row.outcome}
@@ -63,8 +63,12 @@ def search_record(
         "serial_tokens": result.serial_tokens,
         "tokens": result.tokens,
         "curves": {name: list(values) for name, values in result.curves.items()},
-        "nodes": [asdict(node) for node in result.nodes] if with_tree else None,
+        "nodes": [_node(node) for node in result.nodes] if with_tree else None,
     }
+
+
+def _node(node: TreeNode) -> dict[str, Any]:
+    return {name: value for name, value in asdict(node).items() if name != "role" or value}
 
 
 def read_searches(folder: str | Path) -> Iterator[dict[str, Any]]:

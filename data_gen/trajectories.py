@@ -97,21 +97,62 @@ def chains_of_search(
     return chains
 
 
+def chains_of_refinements(
+    records: Sequence[Mapping[str, Any]], rows: Sequence[Solution], task: Task, problems: Mapping[str, Problem]
+) -> dict[str, list[Chain]]:
+    """The chains of searches with the strategy `glore` and their rows, by arm. Raises UserError where a tree was not kept.
+
+    ""              the first draft, and what the scorer chose among drafts and refinements
+    global, local   each draft and its refinement; the draft alone where it has none
+    either          each draft and a refinement that is right, if one is: a perfect choice between the two (an oracle)
+    """
+    chains: dict[str, list[Chain]] = {"": [], "global": [], "local": [], "either": []}
+    found = {(row.problem_id, row.sample): row for row in rows}
+    for record in records:
+        if record["nodes"] is None:
+            raise UserError(
+                f"the search of problem {record['problem_id']} was kept without its tree: search with trees: -1"
+            )
+        problem, nodes = problems[record["problem_id"]], record["nodes"]
+        # A node of a local refinement holds what it adds to its draft, a row the whole solution.
+        attempts = {
+            final["node"]: attempt(
+                task, problem, found[problem.id, final["sample"]].text.strip(), nodes[final["node"]]["tokens"]
+            )
+            for final in record["finals"]
+        }
+
+        drafts = [place for place, node in enumerate(nodes) if node["parent"] == 0]
+        made = [("", 0, [attempts[drafts[0]], attempts[record["finals"][record["chosen"]]["node"]]])]
+        for number, draft in enumerate(drafts):
+            refined = {node["role"]: attempts[p] for p, node in enumerate(nodes) if node["parent"] == draft}
+            own = {role: [refined[role]] if role in refined else [] for role in ("global", "local")}
+            own["either"] = sorted(refined.values(), key=lambda a: not a.right)[:1]
+            made += [(arm, number, [attempts[draft], *after]) for arm, after in own.items()]
+        for arm, number, chain in made:
+            chains[arm].append(Chain(problem.id, number, tuple(chain), (None,) * len(chain), problem.prompt))
+    made_any = {arm: any(len(chain.attempts) > 1 for chain in own) for arm, own in chains.items()}
+    made_any["either"] = made_any["global"] and made_any["local"]
+    return {arm: own for arm, own in chains.items() if made_any[arm]}
+
+
 def chains_of_dialogues(rows: Sequence[Dialogue]) -> list[Chain]:
-    """The chains of rows of the kinds critique (a draft that was criticised) and refine; verdicts are those of their meta."""
+    """The chains of rows of the kinds draft, critique (of a draft) and refine; verdicts are those of their meta."""
     chains = []
     for number, row in enumerate(rows):
-        if row.kind not in ("critique", "refine"):
-            raise UserError(f"row {row.problem_id}: kind {row.kind} has no attempts; critique and refine have")
+        if row.kind not in ("draft", "critique", "refine"):
+            raise UserError(f"row {row.problem_id}: kind {row.kind} has no attempts; draft, critique and refine have")
         meta = meta_of(row)
         draft = "\n".join(meta["draft"])
         attempts = [Attempt(draft, None, meta["correct"][0], meta.get("first_error"), bool(meta.get("error_known")))]
         if row.kind == "refine":
-            attempts.append(
-                Attempt(row.messages[-1].content, meta.get("answer"), meta["correct"][1], tokens=meta.get("tokens"))
-            )
+            # A local refinement holds what stands behind the steps that it keeps.
+            text = "\n".join([*meta.get("prefix", ()), row.messages[-1].content])
+            attempts.append(Attempt(text, meta.get("answer"), meta["correct"][1], tokens=meta.get("tokens")))
         problem = Problem(row.problem_id, meta["prompt"], meta["reference"])
-        critique = None if meta.get("control") else said_of(problem, attempts[0], meta["critique"])
+        critique = None
+        if meta.get("critique") is not None and not meta.get("control"):
+            critique = said_of(problem, attempts[0], meta["critique"])
         said = (critique, *[None] * (len(attempts) - 1))
         chains.append(Chain(row.problem_id, number, tuple(attempts), said, meta["prompt"]))
     return chains

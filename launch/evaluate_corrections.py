@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,13 @@ from ..data_gen.inline import measure_inline
 from ..data_gen.rows import Dialogue, Solution
 from ..data_gen.searched import SEARCH_FILE, read_searches
 from ..data_gen.store import read_about, read_rows
-from ..data_gen.trajectories import Chain, chains_of_dialogues, chains_of_search, chains_of_solutions
+from ..data_gen.trajectories import (
+    Chain,
+    chains_of_dialogues,
+    chains_of_refinements,
+    chains_of_search,
+    chains_of_solutions,
+)
 from ..models.correction_metrics import (
     at_turn,
     detection,
@@ -43,8 +49,7 @@ def evaluate_corrections(config: options.EvaluateCorrections, out: Path) -> None
     records: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
-    for name, source in config.sources.items():
-        chains, ledger = read_chains(source, task, problems)
+    for name, source, chains, ledger in _arms(config.sources, task, problems):
         for metric, (ids, per_chain) in means(chains).items():
             one = values_of(name, metric, ids, per_chain)
             interval = paired_bootstrap(list(one["values"].values()), seed=config.seed)
@@ -62,6 +67,33 @@ def _needs_task(config: options.EvaluateCorrections) -> bool:
     return any(isinstance(s, str) and (Path(s) / SEARCH_FILE).is_file() for s in config.sources.values())
 
 
+def _arms(
+    sources: Mapping[str, Any], task: Task, problems: Mapping[str, Problem]
+) -> Iterator[tuple[str, Any, list[Chain], Ledger]]:
+    """(name, source, chains, cost) of every arm; a search with strategy glore has several, such as NAME/global."""
+    for name, source in sources.items():
+        if isinstance(source, str) and _strategy(source) == "glore":
+            ledger = Ledger(**read_about(source)["ledger"])
+            records = _records(source, problems)
+            arms = chains_of_refinements(records, read_rows(source, Solution), task, problems)
+            yield from ((f"{name}/{arm}" if arm else name, source, chains, ledger) for arm, chains in arms.items())
+        else:
+            yield name, source, *read_chains(source, task, problems)
+
+
+def _strategy(folder: str) -> str:
+    """The strategy of a search; empty if the folder is none."""
+    return read_json(Path(folder) / ABOUT_FILE)["strategy"] if (Path(folder) / SEARCH_FILE).is_file() else ""
+
+
+def _records(folder: str, problems: Mapping[str, Problem]) -> list[dict[str, Any]]:
+    records = list(read_searches(folder))
+    missing = next((r["problem_id"] for r in records if r["problem_id"] not in problems), None)
+    if missing is not None:
+        raise UserError(f"{folder}: problem {missing} is not in the split that was told")
+    return records
+
+
 def read_chains(source: Any, task: Task, problems: Mapping[str, Problem]) -> tuple[list[Chain], Ledger]:
     """The chains of a source and what they cost together."""
     folders = source if isinstance(source, list) else [source]
@@ -74,11 +106,10 @@ def read_chains(source: Any, task: Task, problems: Mapping[str, Problem]) -> tup
     if (Path(folder) / SEARCH_FILE).is_file():
         about = read_json(Path(folder) / ABOUT_FILE)
         if about["strategy"] not in ("corrections", "revisions"):
-            raise UserError(f"{folder}: strategy {about['strategy']} corrects nothing; corrections and revisions do")
-        records = list(read_searches(folder))
-        missing = next((r["problem_id"] for r in records if r["problem_id"] not in problems), None)
-        if missing is not None:
-            raise UserError(f"{folder}: problem {missing} is not in the split that was told")
+            raise UserError(
+                f"{folder}: strategy {about['strategy']} leaves no chains of attempts; corrections and revisions do"
+            )
+        records = _records(folder, problems)
         return chains_of_search(records, task, problems, criticised=bool(about.get("critic"))), ledger
     if Path(folder).is_dir() and read_about(folder)["row_type"] == "Solution":
         return chains_of_solutions([read_rows(folder, Solution)], [folder]), ledger
@@ -171,11 +202,19 @@ def _shares(chains: Sequence[Chain], seed: int) -> dict[str, tuple[int, tuple[fl
             "critic_leaks": sum(s.leak for _, _, s in some) / len(some),
         })  # fmt: skip
         known = [x for x in said if x[1].error_known]
+        # What cannot be read names no step, and clears no solution either.
+        named = lambda s: -1 if s.wrong is None else s.first_error
         if known:
             add(known, lambda x: x[0], lambda some: {
                 f"critic_{k}": v
-                for k, v in location([s.first_error for _, _, s in some], [a.first_error for _, a, _ in some]).items()
+                for k, v in location([named(s) for _, _, s in some], [a.first_error for _, a, _ in some]).items()
             })  # fmt: skip
+            # Errors in the second half of an attempt: a critic may well find early ones alone.
+            late = [x for x in known if x[1].first_error is not None and 2 * x[1].first_error >= _lines(x[1].text)]
+            if late:
+                add(late, lambda x: x[0], lambda some: {
+                    "critic_located_late": sum(named(s) == a.first_error for _, a, s in some) / len(some)
+                })  # fmt: skip
     judged = [c for c in chains if len(c.attempts) == 2 and c.said[0] is not None]
     if judged and len(judged) == len(chains):
         gain = lambda some: gated_gain(
@@ -183,6 +222,10 @@ def _shares(chains: Sequence[Chain], seed: int) -> dict[str, tuple[int, tuple[fl
         )
         add(judged, lambda c: c.problem_id, lambda some: {"gated_gain": gain(some)[0]})
     return {metric: one for metric, one in found.items() if not math.isnan(one[1][0])}
+
+
+def _lines(text: str) -> int:
+    return sum(bool(line.strip()) for line in text.split("\n"))
 
 
 def _inline(

@@ -10,12 +10,13 @@ from typing import Any
 
 from ..basics import UserError, fold_seed, make_folder
 from ..data_gen import critiques as critiques_
-from ..data_gen import flips, inline, rise
-from ..data_gen.rows import Dialogue, Solution
+from ..data_gen import flips, glore, inline, rise, self_talk
+from ..data_gen.rows import Dialogue, Solution, StepLabels
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..models.engine import Engine
 from ..models.step_format import StepFormat
 from ..tasks.base import HasReference, Problem, StepPlanter, Task
+from ..tasks.free import FreeText
 from ..tasks.load import load_task
 from . import options_corrections as options
 from .evaluate_corrections import read_chains
@@ -41,12 +42,14 @@ class Asked:
 
 def make_critiques(config: options.Critiques, out: Path) -> bool:
     """Drafts and their critiques."""
+    if config.drafts:
+        return _criticise_drafts(config, out)
     task, problems = _problems(config)
     exact = config.writer == "checker" or (not config.writer and isinstance(task, StepPlanter))
     if exact and not isinstance(task, StepPlanter):
         raise UserError(f"task {task.name} cannot check steps and plant errors: set writer: policy, and give a policy")
     if not config.solutions and not config.rg2 and not config.rg3:
-        raise UserError("nothing to criticise: give solutions, or rg2 or rg3 of 1 or more")
+        raise UserError("nothing to criticise: give solutions or drafts, or rg2 or rg3 of 1 or more")
     if config.corrupt and not exact:
         raise UserError("corrupt is about the checker's critiques")
     wording = config.words()
@@ -92,6 +95,7 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
             result = critiques_.written_critiques(
                 engine, task, step_format, drafts, wording, samples=config.samples, sampling=_sampling(config),
                 seed=config.seed, policy=config.policy, annotate=config.annotate, strip=config.strip,
+                keep_unreadable=config.keep_unreadable,
             )  # fmt: skip
             result.ledger = engine.ledger - before
         result.dropped.update(dropped)
@@ -103,6 +107,29 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
     return _finish(out, complete)
 
 
+def _criticise_drafts(config: options.Critiques, out: Path) -> bool:
+    """Critiques, by a policy, of the drafts of Dialogue rows."""
+    if config.solutions or config.rg2 or config.rg3 or config.writer == "checker":
+        raise UserError(
+            "drafts are criticised by a policy, and alone: leave out solutions, rg2, rg3 and writer: checker"
+        )
+    task = load_task(config.task)
+    drafts = first(critiques_.drafts_of_dialogues(read_rows(config.drafts, Dialogue)), config.limit)
+    policy, wording = Asked(config, task, out, [draft.problem.prompt for draft in drafts]), config.words()
+
+    def work(unit: Sequence[critiques_.Draft]) -> UnitResult[Dialogue]:
+        engine, step_format = policy()
+        return critiques_.written_critiques(
+            engine, task, step_format, unit, wording, samples=config.samples, sampling=_sampling(config), seed=config.seed,
+            policy=config.policy, annotate=config.annotate, strip=config.strip,
+            keep_unreadable=config.keep_unreadable,
+        )  # fmt: skip
+
+    units = chunks(drafts, config.unit_problems)
+    complete = make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name)
+    return _finish(out, complete)
+
+
 def _references(task: Task, problems: Sequence[Problem]) -> dict[str, list[str]]:
     if not isinstance(task, HasReference):
         return {}
@@ -110,17 +137,25 @@ def _references(task: Task, problems: Sequence[Problem]) -> dict[str, list[str]]
     return {key: steps for key, steps in found.items() if steps}
 
 
-def read_dialogues(path: str, kind: str) -> list[Dialogue]:
-    """The rows, which must be of this kind."""
+def read_dialogues(path: str, *kinds: str) -> list[Dialogue]:
+    """The rows, which must be of these kinds."""
     rows = read_rows(path, Dialogue)
-    other = next((row.kind for row in rows if row.kind != kind), None)
+    other = next((row.kind for row in rows if row.kind not in kinds), None)
     if other is not None:
-        raise UserError(f"{path}: expected rows of kind {kind}, found {other}")
+        raise UserError(f"{path}: expected rows of kind {' or '.join(kinds)}, found {other}")
     return rows
 
 
 def problems_of(config: Any, task: Task, rows: Sequence[Any], path: str) -> Mapping[str, Problem]:
-    """The problems of the split; raises UserError if a row is of another."""
+    """The problems of the split, or for free text those that the rows state; raises UserError if a row is of another."""
+    if isinstance(task, FreeText):
+        metas = [critiques_.meta_of(row) if isinstance(row, Dialogue) else None for row in rows]
+        return {
+            row.problem_id: Problem(row.problem_id, meta["prompt"], meta["reference"])
+            if meta
+            else Problem(row.problem_id, row.prompt, row.gold)
+            for row, meta in zip(rows, metas, strict=True)
+        }
     problems = {problem.id: problem for problem in _split(task, config.split)}
     missing = next((row.problem_id for row in rows if row.problem_id not in problems), None)
     if missing is not None:
@@ -134,7 +169,9 @@ def make_refinements(config: options.Refinements, out: Path) -> bool:
     task = load_task(config.task)
     if config.repair and not isinstance(task, StepPlanter):
         raise UserError(f"task {task.name} cannot say what a step should be: repair needs that")
-    rows = read_dialogues(config.critiques, "critique")
+    rows = read_dialogues(config.critiques, "critique", "draft")
+    if any(row.kind == "draft" for row in rows) and (config.repair or config.control == "shuffled"):
+        raise UserError(f"{config.critiques}: rows of kind draft have no critique to repair or to shuffle")
     if config.only:
         rows = [row for row in rows if critiques_.meta_of(row)["correct"][0] == (config.only == "right")]
     if config.limit:
@@ -191,6 +228,91 @@ def make_best_refinements(config: options.BestRefinements, out: Path) -> bool:
     )  # fmt: skip
     write_rows(out, result.rows, dropped=result.dropped, counts=result.counts)
     return _finish(out, True)
+
+
+def make_self_talk(config: options.SelfTalk, out: Path) -> bool:
+    """Trains of thought, as they were put together or rewritten by a model."""
+    required(config, "refinements")
+    task = load_task(config.task)
+    rows = read_dialogues(config.refinements, "refine")
+    if config.limit:
+        kept = set(list(dict.fromkeys(row.problem_id for row in rows))[: config.limit])
+        rows = [row for row in rows if row.problem_id in kept]
+    chains = self_talk.self_talk(
+        rows,
+        task,
+        config.template,
+        stop_at_error=config.stop_at_error,
+        per_problem=config.per_problem,
+        seed=config.seed,
+    )
+    if not config.policy:
+        write_rows(out, chains.rows, dropped=chains.dropped)
+        return _finish(out, True)
+    problems = problems_of(config, task, chains.rows, config.refinements)
+    policy = Asked(config, task, out, [row.messages[0].content for row in chains.rows])
+
+    def work(unit: Sequence[Dialogue]) -> UnitResult[Dialogue]:
+        engine, step_format = policy()
+        return self_talk.rewritten(
+            engine,
+            task,
+            step_format,
+            unit,
+            problems,
+            sampling=_sampling(config),
+            seed=config.seed,
+            policy=config.policy,
+        )
+
+    print(
+        f"{out.name}: {len(chains.rows)} chains" + "".join(f", {n} {what}" for what, n in chains.dropped.items()),
+        flush=True,
+    )
+    units = chunks(chains.rows, config.unit_problems)
+    complete = make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name)
+    return _finish(out, complete)
+
+
+def make_global_refinements(config: options.GlobalRefinements, out: Path) -> bool:
+    """Wrong drafts with right solutions."""
+    required(config, "solutions")
+    result = glore.global_refinements(
+        read_rows(config.solutions, Solution), config.words(), per_draft=config.per_draft, per_problem=config.per_problem,
+        separator=config.separator, seed=config.seed,
+    )  # fmt: skip
+    if not result.rows:
+        raise UserError(f"{config.solutions}: no problem has both a wrong and a right solution")
+    write_rows(out, result.rows, dropped=result.dropped, counts=result.counts)
+    return _finish(out, True)
+
+
+def make_local_refinements(config: options.LocalRefinements, out: Path) -> bool:
+    """Wrong drafts with right ends from their first wrong step on."""
+    required(config, "labels", "policy")
+    task = load_task(config.task)
+    drafts, left_out = glore.wrong_drafts(read_rows(config.labels, StepLabels))
+    grouped: dict[str, list[Any]] = {}
+    for draft in drafts:
+        grouped.setdefault(draft[0].problem_id, []).append(draft)
+    groups = [first(own, config.per_problem) for own in first(list(grouped.values()), config.limit)]
+    if not groups:
+        raise UserError(f"{config.labels}: no wrong solution has a first wrong step ({dict(left_out)})")
+    print(f"{out.name}: {len(drafts)} drafts" + "".join(f", {n} {what}" for what, n in left_out.items()), flush=True)
+    problems = problems_of(config, task, [own[0][0] for own in groups], config.labels)
+    policy, wording = Asked(config, task, out, [own[0][0].prompt for own in groups]), config.words()
+
+    def work(unit: Sequence[Sequence[Any]]) -> UnitResult[Dialogue]:
+        engine, step_format = policy()
+        return glore.local_refinements(
+            engine, task, step_format, [draft for own in unit for draft in own], problems, wording, samples=config.samples,
+            per_draft=config.per_draft, consistent=config.consistent, sampling=_sampling(config), seed=config.seed,
+            policy=config.policy,
+        )  # fmt: skip
+
+    units = chunks(groups, config.unit_problems)
+    complete = make_rows(out, Dialogue, units, work, shard=Shard.parse(config.shard), progress=out.name)
+    return _finish(out, complete)
 
 
 def make_rise(config: options.Rise, out: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,5 +97,6 @@ def join_rows(config: options_preferences.Join, out: Path) -> bool:
         rows += read_rows(folder, ROW_TYPES[kinds[folder]])
         ledger = ledger + Ledger(**read_about(folder)["ledger"])
     _copy_step_format(config.rows[0], out)
-    write_rows(out, rows, ledger=ledger)
+    problems = len({row.problem_id for row in rows})
+    write_rows(out, rows, counts=Counter(problems=problems), ledger=ledger)
     return _finish(out, True)

@@ -18,9 +18,19 @@ from ..models.engine import Engine, Sampling, StopReason
 from ..models.prefix_cache import PrefixCache
 from ..models.reward import RewardModel
 from ..models.step_format import StepFormat
-from ..search.adapters import CorrectionPolicy, EffectiveScorer, RevisionPolicy, RewardScorer, StepPolicy
+from ..search.adapters import (
+    CheckerLocator,
+    CorrectionPolicy,
+    EffectiveScorer,
+    RandomLocator,
+    RefinementPolicy,
+    RevisionPolicy,
+    RewardLocator,
+    RewardScorer,
+    StepPolicy,
+)
 from ..search.base import Scorer
-from ..tasks.base import Problem, Task
+from ..tasks.base import Problem, StepChecker, Task
 from . import options_search
 from .making import _check_words, _finish, _policy, _problems, _sampling, tell_cut_steps
 from .options import chunks, required
@@ -49,8 +59,7 @@ def make_search(config: options_search.Search, out: Path, loaded: Loaded | None 
             parts.extend(searchers(config, task, problems, loaded))
             write_json(out / ABOUT_FILE, _about(config, parts[0], parts[1]))
         engine, reward, policy, scorer = parts
-        models = (reward, getattr(scorer, "prover", None), _critic_engine(policy, engine))
-        others = [model.ledger for model in models if model is not None]
+        others = [model.ledger for model in _others(policy, engine, reward, getattr(scorer, "prover", None))]
         spent = lambda: sum(others, engine.ledger.copy())
         before = spent()
         results = STRATEGIES[config.strategy][0](
@@ -79,7 +88,8 @@ def make_search(config: options_search.Search, out: Path, loaded: Loaded | None 
                 tell_cut_steps(judge)
         if left_out := getattr(parts[2], "left_out", 0):
             print(
-                f"{out.name}: {left_out} earlier attempts did not fit into the context and were not shown", flush=True
+                f"{out.name}: {left_out} earlier attempts did not fit into the context and were not shown or refined",
+                flush=True,
             )
     if complete:
         _join(out, len(units))
@@ -93,6 +103,8 @@ class Loaded:
     policy: tuple[Engine, StepFormat] | None = None
     rewards: dict[str, RewardModel] = field(default_factory=dict)  # by folder: those that guide, and provers
     critic: tuple[Engine, StepFormat] | None = None
+    refiners: dict[str, tuple[Engine, StepFormat]] = field(default_factory=dict)  # by their folder
+    locator: RewardModel | None = None
 
     def reward(self, path: str, dtype: str) -> RewardModel:
         """The reward model of a folder, loaded once."""
@@ -102,8 +114,8 @@ class Loaded:
 
     def forget(self) -> None:
         """Empties the caches."""
-        models: list[Any] = [pair[0] for pair in (self.policy, self.critic) if pair is not None]
-        for model in (*models, *self.rewards.values()):
+        engines = [pair[0] for pair in (self.policy, self.critic, *self.refiners.values()) if pair]
+        for model in (*engines, *self.rewards.values(), self.locator):
             if getattr(model, "cache", None) is not None:
                 model.cache = PrefixCache()
 
@@ -137,6 +149,8 @@ def searchers(
             *arguments, wording=config.words(), task=task, problems={p.id: p for p in problems}, critic=critic,
             shown=config.shown,
         )  # fmt: skip
+    elif config.strategy == "glore":
+        policy = _refining(config, task, problems, loaded, arguments)
     else:
         policy = StepPolicy(*arguments)
     if reward is None:
@@ -148,10 +162,47 @@ def searchers(
     return engine, reward, policy, scorer
 
 
-def _critic_engine(policy: StepPolicy, engine: Engine) -> Engine | None:
-    """The critic's engine, if it is another one."""
-    critic = getattr(policy, "critic", None)
-    return critic.engine if critic is not None and critic.engine is not engine else None
+def _refining(
+    config: options_search.Search, task: Task, problems: Sequence[Problem], loaded: Loaded, arguments: tuple[Any, ...]
+) -> RefinementPolicy:
+    """The policy of a search with strategy glore, its refiners and what says where a draft goes wrong."""
+    refine = config.settings.get("refine", "both")
+    engine = arguments[0]
+    refiners: list[StepPolicy | None] = []
+    for name, folder in (("global", config.global_refiner), ("local", config.local_refiner)):
+        if refine not in ("both", name):
+            refiners.append(None)
+            continue
+        if folder not in loaded.refiners:
+            loaded.refiners[folder] = _policy(dataclasses.replace(config, policy=folder), task, keep_prefixes=True)
+        if loaded.refiners[folder][0].tokenizer.get_vocab() != engine.tokenizer.get_vocab():
+            raise UserError(f"{folder}: a refiner needs the vocabulary of the policy {config.policy}")
+        sampling = dataclasses.replace(arguments[3], temperature=config.refiner_temperature)
+        refiners.append(StepPolicy(*loaded.refiners[folder], task.step_separator, sampling))
+    locator: Any = None
+    if refine == "global":
+        pass
+    elif config.locator == "random":
+        locator = RandomLocator(config.seed)
+    elif config.locator == "checker":
+        if not isinstance(task, StepChecker):
+            raise UserError(f"task {task.name} has no exact step checker: locator must be a reward model or random")
+        locator = CheckerLocator(task, {problem.id: problem for problem in problems})
+    else:
+        if loaded.locator is None:
+            loaded.locator = RewardModel.load(config.locator, dtype=config.reward_dtype, keep_prefixes=True)
+        locator = RewardLocator(loaded.locator, config.locator_threshold)
+    return RefinementPolicy(*arguments, wording=config.words(), refiners=(refiners[0], refiners[1]), locator=locator)
+
+
+def _others(
+    policy: StepPolicy, engine: Engine, reward: RewardModel | None, prover: RewardModel | None
+) -> list[Any]:
+    """The models beside the policy's engine that a search pays for, each once."""
+    asked = [getattr(policy, "critic", None), *getattr(policy, "refiners", ())]
+    found = [reward, prover, getattr(getattr(policy, "locate", None), "reward", None)]
+    found += [one.engine for one in asked if one is not None and one.engine is not engine]
+    return list({id(model): model for model in found if model is not None}.values())
 
 
 def _about(config: options_search.Search, engine: Any, reward: RewardModel | None) -> dict[str, Any]:
@@ -161,6 +212,7 @@ def _about(config: options_search.Search, engine: Any, reward: RewardModel | Non
         "strategy": config.strategy,
         "settings": config.settings,
         **({"critic": config.critic, "wording": config.wording} if config.strategy == "corrections" else {}),
+        **({"locator": config.locator} if config.strategy == "glore" else {}),
         "aggregation": aggregation,
         "alpha": config.alpha,
         "prover_k": config.prover_k,

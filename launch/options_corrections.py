@@ -38,10 +38,30 @@ class Correcting(Worded):
 
 
 @dataclass
+class Refining:
+    """Options of searches with strategy glore: who refines, and what says where a draft goes wrong."""
+
+    global_refiner: str = option(
+        "", "for strategy glore: the policy that writes a draft anew; empty makes no global refinements"
+    )
+    local_refiner: str = option(
+        "", "for strategy glore: the policy that goes on before the first wrong step of a draft"
+    )
+    locator: str = option(
+        "", "what finds that step: a reward model of steps (SORM, PRM), checker (the task's own), or random (a control)"
+    )
+    locator_threshold: float = option(0.5, "a step with a score under it is wrong")
+    refiner_temperature: float = option(0.0, "sampling temperature of refinements; 0 is greedy")
+
+
+@dataclass
 class Critiques(Worded, WithPolicy):
     """Writes step-by-step critiques of drafts: samples, and solutions with planted errors (Dialogue rows, kind critique)."""
 
     solutions: str = option("", "Solution rows: natural errors (RG1) and right ones; empty takes planted errors alone")
+    drafts: str = option(
+        "", "in place of solutions: Dialogue rows with drafts, such as imported ones; the task may be {kind: free} then"
+    )
     wrong: int = option(1, "wrong samples of each problem at most")
     right: int = option(1, "right samples of each problem at most")
     rg2: int = option(0, "drafts of each problem with an error planted at a told step")
@@ -55,6 +75,9 @@ class Critiques(Worded, WithPolicy):
     reason_first: bool = option(False, "the checker says of every step what should stand there, before its verdict")
     corrupt: float = option(0.0, "share of the checker's critiques with a wrong finding, to put a filter to the test")
     strip: bool = option(True, "cut sentences that give the reference answer away")
+    keep_unreadable: bool = option(
+        False, "a policy's critiques without a verdict stay, to judge a critic by all it wrote"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,6 +181,62 @@ class Rise(Worded, WithPolicy):
         self.words()
         if self.select not in ("all", "better", "best", "success"):
             raise ValueError(f"select must be all, better, best or success, found {self.select!r}")
+
+
+@dataclass
+class SelfTalk(WithPolicy):
+    """Makes one train of thought of draft, critique and right refinement (self-talk; Dialogue rows, kind selfcorrect)."""
+
+    refinements: str = option("", "Dialogue rows of kind refine; right refinements of wrong drafts are used")
+    template: str = option(
+        "{draft}\nWait, let me check that.\n{critique}\nSo I go through it again.\n{refinement}",
+        "how draft, critique and refinement stand together",
+    )
+    stop_at_error: bool = option(True, "the draft breaks off behind its first wrong step, where that is known or said")
+    per_problem: int = option(1, "chains of each problem at most, drawn with the seed; 0 for all")
+    policy: str = option(
+        "", "a model that rewrites chains as monologues, of which those that end right are kept; empty: none"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "per_problem")
+        for part in ("{draft}", "{refinement}"):
+            if part not in self.template:
+                raise ValueError(f"template must contain {part}, found {self.template!r:.80}")
+
+
+@dataclass
+class GlobalRefinements(Worded):
+    """Pairs wrong drafts with right solutions of their problem, for a global refiner (GLoRe; Dialogue rows, kind refine)."""
+
+    solutions: str = option("", "Solution rows, several of each problem, right and wrong ones")
+    per_draft: int = option(1, "right solutions of each draft at most, drawn with the seed")
+    per_problem: int = option(0, "drafts of each problem at most, the first sampled; 0 for all")
+    separator: str = option("\n", "text between steps")
+    seed: int = option(0, "seed of the draw")
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "per_draft")
+        at_least(self, 0, "per_problem")
+        self.words()
+
+
+@dataclass
+class LocalRefinements(Worded, WithPolicy):
+    """Ends wrong drafts right from their first wrong step on, for a local refiner (GLoRe; Dialogue rows, kind refine)."""
+
+    labels: str = option("", "StepLabels rows of solutions: counts of continuations, or the checker's")
+    samples: int = option(8, "continuations of the steps before the first wrong one")
+    per_draft: int = option(1, "right ends of each draft at most")
+    per_problem: int = option(0, "drafts of each problem at most, the first sampled; 0 for all")
+    consistent: bool = option(True, "a right end must use the result of the step before it")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "samples", "per_draft")
+        at_least(self, 0, "per_problem")
+        self.words()
 
 
 @dataclass

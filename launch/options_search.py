@@ -16,6 +16,7 @@ from ..search.beam import beam_search
 from ..search.best_of_n import best_of_n, step_best_of_n
 from ..search.corrections import corrections
 from ..search.dvts import dvts
+from ..search.glore import glore
 from ..search.mcts import mcts
 from ..search.particles import particle_filter
 from ..search.rebase import rebase
@@ -23,7 +24,7 @@ from ..search.revisions import revisions
 from ..search.step_beam import step_beam
 from ..search.tree_of_thoughts import tot_bfs, tot_dfs
 from .options import WithPolicy, at_least
-from .options_corrections import Correcting
+from .options_corrections import Correcting, Refining
 
 # Name -> function, and the setting that its budget goes by.
 STRATEGIES: dict[str, tuple[Callable[..., Any], str]] = {
@@ -39,6 +40,7 @@ STRATEGIES: dict[str, tuple[Callable[..., Any], str]] = {
     "tot_dfs": (tot_dfs, "expansions"),
     "revisions": (revisions, "n"),
     "corrections": (corrections, "n"),
+    "glore": (glore, "n"),
 }
 # These grow without a score: without a reward model their solutions can still be voted on.
 UNGUIDED = ("best_of_n", "revisions", "corrections")
@@ -86,7 +88,7 @@ def _aggregation(value: str) -> None:
 
 
 @dataclass
-class Search(Correcting, WithPolicy):
+class Search(Refining, Correcting, WithPolicy):
     """Searches with any strategy (Solution rows, and what was searched in search.jsonl)."""
 
     split: str = option("test", "the split of the task")
@@ -110,13 +112,20 @@ class Search(Correcting, WithPolicy):
         super().__post_init__()
         at_least(self, 1, "prover_k")
         at_least(self, -1, "trees")
-        at_least(self, 0, "shown", "critic_temperature")
+        at_least(self, 0, "shown", "critic_temperature", "refiner_temperature")
         at_least(self, 1, "critic_max_new_tokens")
         self.words()
         _aggregation(self.aggregation)
         if self.settings.get("gate") == "wrong" and not self.critic:
             raise ValueError("gate wrong needs a critic that says which attempts are wrong: give critic")
         self.settings = _as_value_error(strategy_settings, self.strategy, self.settings, "search")
+        if self.strategy == "glore":
+            refine = self.settings.get("refine", "both")
+            for name in ("global", "local"):
+                if refine in ("both", name) and not getattr(self, f"{name}_refiner"):
+                    raise ValueError(f"strategy glore with refine {refine} needs {name}_refiner")
+            if refine != "global" and not self.locator:
+                raise ValueError("a local refiner needs a locator: a reward model of steps, checker or random")
         if self.alpha and self.settings.get("select") == "sample":
             raise ValueError("select: sample draws by scores of 0 or more; with alpha a score can be negative")
         if self.prover and not self.alpha:
@@ -166,7 +175,7 @@ class ComparedArm:
 
 
 @dataclass
-class Compare(Correcting, WithPolicy):
+class Compare(Refining, Correcting, WithPolicy):
     """Compares search strategies at several budgets and at equal cost (results.json, curves, report.html)."""
 
     split: str = option("test", "the split of the task")

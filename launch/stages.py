@@ -81,6 +81,15 @@ STAGES: dict[str, tuple[type | str, Callable[..., Any]]] = {
     "data.refinements": (corrections.Refinements, _stage(".making_corrections", "make_refinements")),
     "data.filter_critiques": (corrections.FilterCritiques, _stage(".making_corrections", "make_filtered_critiques")),
     "data.best_refinements": (corrections.BestRefinements, _stage(".making_corrections", "make_best_refinements")),
+    "data.global_refinements": (
+        corrections.GlobalRefinements,
+        _stage(".making_corrections", "make_global_refinements"),
+    ),
+    "data.local_refinements": (
+        corrections.LocalRefinements,
+        _stage(".making_corrections", "make_local_refinements"),
+    ),
+    "data.self_talk": (corrections.SelfTalk, _stage(".making_corrections", "make_self_talk")),
     "data.rise": (corrections.Rise, _stage(".making_corrections", "make_rise")),
     "data.flip_pairs": (corrections.FlipPairs, _stage(".making_corrections", "make_flip_pairs")),
     "data.inline_corrections": (corrections.InlineCorrections, _stage(".making_corrections", "make_inline")),

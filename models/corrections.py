@@ -66,6 +66,7 @@ _KNOWN = {
 }
 
 Turn = tuple[str, str]  # (role, content)
+BAD = "[BAD]"  # stands before the first wrong step of a draft that a local refiner gets (arXiv:2402.10963)
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,13 @@ class Wording:
 def fill(template: str, **parts: str) -> str:
     """The template with {name} replaced by each part, in one pass: a problem may well contain {draft}."""
     return re.sub(r"\{(\w+)\}", lambda match: parts.get(match[1], match[0]), template)
+
+
+def mark_step(steps: Sequence[str], error: int, separator: str) -> str:
+    """The text of a draft with `BAD` before step `error` (from 0). Raises ValueError if there is no such step."""
+    if not 0 <= error < len(steps):
+        raise ValueError(f"step {error} is none of {len(steps)} steps")
+    return separator.join([*steps[:error], f"{BAD} {steps[error]}", *steps[error + 1 :]])
 
 
 # --- critiques as text ------------------------------------------------------------------------------------------------

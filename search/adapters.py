@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
-from ..basics import fold_seed
+from ..basics import UserError, fold_seed
 from ..models.advantage import effective_rewards
-from ..models.corrections import Wording, read_critique
+from ..models.corrections import Wording, mark_step, read_critique
 from ..models.engine import Engine, Request, Sample, Sampling, StopReason
 from ..models.reward import StepScorer, ValueScorer, aggregate
 from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
-from ..tasks.base import Problem, Task
+from ..tasks.base import Problem, StepChecker, Task, first_error
 from .base import State
 
 # So many blank lines in a row are the end of a solution.
@@ -235,6 +236,111 @@ class CorrectionPolicy(StepPolicy):
     def _text(self, state: State) -> str:
         ids = state.ids[state.prompt_length :]
         return self.engine.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@dataclass(frozen=True)
+class Refined(State):
+    """The state that a refinement goes on from: `asked` are the ids put to the refiner, which are no part of the solution."""
+
+    asked: tuple[int, ...] = ()
+    local: bool = False
+
+
+class RefinementPolicy(StepPolicy):
+    """A step policy whose finished drafts are written anew by a global refiner, or from their first wrong step on by a local one.
+
+    `refiners` (global, local) are step policies with the policy's own vocabulary: a local refinement is spliced to the draft's ids.
+    `locator` finds first wrong steps. Drafts for which a refiner's context has no room are not refined.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        step_format: StepFormat,
+        separator: str,
+        sampling: Sampling,
+        *,
+        wording: Wording,
+        refiners: tuple[StepPolicy | None, StepPolicy | None],
+        locator: Callable[[Sequence[State]], list[int | None]],
+    ) -> None:
+        super().__init__(engine, step_format, separator, sampling)
+        self.wording, self.refiners, self.locate = wording, refiners, locator
+        self.left_out = 0  # drafts that did not fit
+
+    def before_refinement(self, root: State, draft: State, error: int | None) -> State | None:
+        """The state that a refinement goes on from; None if the refiner has no room for the draft."""
+        refiner = self._refiner(error is not None)
+        ids = draft.ids[root.prompt_length :]
+        steps, ends = cut_steps(self.engine.tokenizer, ids, self.separator)
+        text = self.separator.join(steps) if error is None else mark_step(steps, error, self.separator)
+        asked = refiner.step_format.encode_dialogue(
+            refiner.engine.tokenizer, self.wording.ask_attempt(root.prompt, [text], [None])
+        )
+        if len(asked) > int(getattr(refiner.engine, "context", 2**31)) - refiner.sampling.max_new_tokens:
+            self.left_out += 1
+            return None
+        kept = ends[error - 1] if error else 0
+        return Refined(
+            root.key, root.prompt, root.ids + ids[:kept], root.prompt_length, steps[: error or 0], asked=asked,
+            local=error is not None,
+        )  # fmt: skip
+
+    def refine(self, states: Sequence[State], seeds: Sequence[int]) -> list[State]:
+        """Each state written to its end by its refiner [B]."""
+        found: dict[int, State] = {}
+        for local in (False, True):
+            places = [i for i, s in enumerate(states) if isinstance(s, Refined) and s.local == local]
+            if not places:
+                continue
+            asked = [
+                State(s.key, s.prompt, s.asked, len(s.asked))
+                for s in (states[i] for i in places)
+                if isinstance(s, Refined)
+            ]
+            ends = self._refiner(local).finish(asked, [seeds[i] for i in places])
+            for i, end in zip(places, ends, strict=True):
+                ids = states[i].ids + end.ids[end.prompt_length :]
+                steps, _ = cut_steps(self.engine.tokenizer, ids[states[i].prompt_length :], self.separator)
+                found[i] = dataclasses.replace(end, ids=ids, prompt_length=states[i].prompt_length, steps=steps)
+        return [found[i] for i in range(len(states))]
+
+    def _refiner(self, local: bool) -> StepPolicy:
+        refiner = self.refiners[local]
+        if refiner is None:
+            raise UserError(f"this search needs a {'local' if local else 'global'} refiner")
+        return refiner
+
+
+class RewardLocator:
+    """Finds the first step of a draft with a score under `threshold`, by a reward model of steps (SORM, PRM)."""
+
+    def __init__(self, reward: StepScorer, threshold: float = 0.5) -> None:
+        self.reward, self.threshold = reward, threshold
+
+    def __call__(self, states: Sequence[State]) -> list[int | None]:
+        scores = self.reward.score([(state.prompt, state.steps) for state in states])
+        return [next((t for t, score in enumerate(own) if score < self.threshold), None) for own in scores]
+
+
+class CheckerLocator:
+    """Finds first wrong steps by a task's exact checker, which PEEKS at no reference but is no model either."""
+
+    def __init__(self, task: StepChecker, problems: Mapping[str, Problem]) -> None:
+        self.task, self.problems = task, problems
+
+    def __call__(self, states: Sequence[State]) -> list[int | None]:
+        return [first_error(self.task.check_steps(self.problems[s.key], s.steps)) for s in states]
+
+
+class RandomLocator:
+    """Names a step of every draft at random: a control. Drawn with the seed and the draft, whatever stands beside it."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, states: Sequence[State]) -> list[int | None]:
+        return [fold_seed(self.seed, s.key, "locate", *s.steps) % len(s.steps) if s.steps else None for s in states]
 
 
 class RewardScorer:

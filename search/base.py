@@ -71,6 +71,8 @@ class Scorer(Protocol):
 class TreeNode:
     """A node of a finished search. `steps` is what it adds to its parent: one step, or all that a sample to the end wrote.
 
+    `role` says what a node is in a search whose nodes are not all alike: `global` or `local` of a refinement.
+
     `status`: `finished` is one of the result's solutions, `kept` was gone on from, `pruned` was neither. `visits`,
     `value` (mean of what was backed up, in [-1, 1]) and `prior` are those of a search that counts them (MCTS).
     """
@@ -85,6 +87,7 @@ class TreeNode:
     visits: int = 0
     value: float | None = None
     prior: float | None = None
+    role: str = ""
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from typing import Any, Literal
 from ..basics import fold_seed
 from .base import Policy, Scorer, SearchResult, State, TreeNode
 
-Kind = Literal["score", "final", "expand", "greedy", "criticise", "finish"]
+Kind = Literal["score", "final", "expand", "greedy", "locate", "criticise", "refine", "finish"]
 # Scores first: whoever waits for one will want to expand next, and then together with all others. Finishing comes last for the
 # same reason.
-_ORDER: tuple[Kind, ...] = ("score", "final", "expand", "greedy", "criticise", "finish")
+_ORDER: tuple[Kind, ...] = ("score", "final", "expand", "greedy", "locate", "criticise", "refine", "finish")
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Node:
     visits: int = 0
     total: float = 0.0  # of what was backed up
     prior: float | None = None
+    role: str = ""
     children: list[Node] = field(default_factory=list)
 
     @property
@@ -99,10 +100,12 @@ class Tree:
         to_the_end: bool = False,
         bases: Sequence[State] | None = None,
         how: Kind | None = None,
+        role: str = "",
     ) -> Generator[Ask, Any, list[list[Node]]]:
         """Children [len(plan)][len(seeds)] of the nodes: one step longer, or sampled to their end.
 
-        With `bases` they are sampled from these states in place of the nodes' own. `how` "criticise" asks the policy's critic.
+        With `bases` they are sampled from these states in place of the nodes' own. `how` "criticise" asks the policy's critic,
+        "refine" its refiners. `role` is what the children are.
         """
         states = [node.state for node, _ in plan] if bases is None else list(bases)
         if not states:
@@ -111,7 +114,10 @@ class Tree:
         grown = yield Ask(how or ("finish" if to_the_end else "expand"), states, [tuple(seeds) for _, seeds in plan])
         made = []
         for (node, _), state, children in zip(plan, states, grown, strict=True):
-            row = [Node(child, node, state, len(self.nodes) + k, node.depth + 1) for k, child in enumerate(children)]
+            row = [
+                Node(child, node, state, len(self.nodes) + k, node.depth + 1, role=role)
+                for k, child in enumerate(children)
+            ]
             node.children += row
             self.nodes += row
             self.tokens += sum(len(child.ids) - len(state.ids) for child in children)
@@ -165,6 +171,7 @@ class Tree:
                     visits=node.visits,
                     value=node.value,
                     prior=node.prior,
+                    role=node.role,
                 )
             )
         best: int | None = None
@@ -236,12 +243,13 @@ def _answer(kind: Kind, asks: Sequence[Ask], policy: Any, scorer: Any) -> Sequen
         return scorer.final(states)
     if kind == "greedy":
         return policy.expand_greedily(states)
+    if kind == "locate":
+        return policy.locate(states)
     seeds = [row for ask in asks for row in ask.seeds]
     if kind == "expand":
         return policy.expand(states, seeds)
     flat = [(state, seed) for state, row in zip(states, seeds, strict=True) for seed in row]
-    write = policy.criticise if kind == "criticise" else policy.finish
-    ends = iter(write([state for state, _ in flat], [seed for _, seed in flat]))
+    ends = iter(getattr(policy, kind)([state for state, _ in flat], [seed for _, seed in flat]))
     return [[next(ends) for _ in row] for row in seeds]
 
 

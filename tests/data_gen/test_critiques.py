@@ -168,6 +168,10 @@ def test_the_answer_is_cut_from_critiques_of_wrong_drafts_and_unread_ones_are_dr
     ]
     assert result.counts["sentences cut that gave the answer away"] == 1
     assert result.dropped == {"critiques without a verdict": 1}
+    every = critique_rows([draft], texts, LAB, TASK, SOURCE, keep_unreadable=True)
+    assert len(every.rows) == len(result.rows) + 1
+    assert [meta_of(row)["wrong"] for row in every.rows].count(None) == 1
+    assert every.counts["critiques without a verdict"] == 1
     [kept] = critique_rows([draft], [texts[0][:1]], LAB, TASK, SOURCE, strip=False).rows
     assert "The answer is 1" in kept.messages[1].content
 

@@ -12,17 +12,23 @@ from typing import Any
 import pytest
 import yaml
 
+from stepladder import models
 from stepladder.basics import UserError, read_json
-from stepladder.data_gen.critiques import meta_of
+from stepladder.data_gen import critiques as critiques_
+from stepladder.data_gen import self_talk
+from stepladder.data_gen.critiques import drafts_of_dialogues, meta_of
 from stepladder.data_gen.rows import Dialogue, Message, Pair, Solution, Source
 from stepladder.data_gen.searched import read_searches
 from stepladder.data_gen.store import read_about, read_rows
 from stepladder.data_gen.trajectories import Attempt, Chain, Said, chains_of_dialogues
 from stepladder.launch.cli import main
-from stepladder.launch.evaluate_corrections import means
+from stepladder.launch.evaluate_corrections import _shares, means
 from stepladder.launch.pipeline import run_recipe
 from stepladder.launch.report_corrections import corrections_section
+from stepladder.tasks.base import Problem
+from stepladder.tasks.load import load_task
 
+LAB_POLICY = str(Path(models.__file__).parent / "lab_policy")
 TASK = {"kind": "chain", "p": 7, "min_steps": 3, "max_steps": 4, "sizes": {"train": 16, "dev": 2, "test": 8}}
 SEARCH = '{do: search.run, strategy: corrections, policy: "@policy", trees: -1, unit_problems: 3, critic_max_new_tokens: 20, '
 STAGES = f"""
@@ -40,6 +46,23 @@ parallel: {SEARCH} critic: self, settings: {{n: 3, gate: always}}}}
 sequential: {SEARCH} critic: "@refiner", settings: {{n: 1, turns: 3, gate: oracle, keep: all}}}}
 walks: {SEARCH} split: train, settings: {{n: 6, turns: 2, keep: all}}}}
 retry: {SEARCH} settings: {{n: 2, turns: 2}}}}
+talk: {{do: data.self_talk, refinements: "@repaired", template: "{{draft}}\\nWait\\n{{refinement}}"}}
+labels: {{do: data.step_labels, policy: "@policy", solutions: "@solutions", rollouts: 3}}
+global_rows: {{do: data.global_refinements, solutions: "@solutions", per_draft: 2}}
+local_rows: {{do: data.local_refinements, policy: "@policy", labels: "@labels", samples: 3, unit_problems: 3}}
+reward:
+  {{do: train.prm, model: "@policy", rows: "@labels", max_steps: 1, per_device_train_batch_size: 4, max_length: 100}}
+glore:
+  do: search.run
+  strategy: glore
+  settings: {{n: 2}}
+  policy: "@policy"
+  reward: "@reward"
+  global_refiner: "@refiner"
+  local_refiner: "@refiner"
+  locator: "@reward"
+  trees: -1
+  unit_problems: 3
 rise: {{do: data.rise, policy: "@refiner", best_of: 3, from_problem: true, unit_problems: 8, max_new_tokens: 30}}
 flips: {{do: data.flip_pairs, source: "@walks"}}
 inline: {{do: data.inline_corrections, policy: "@policy", solutions: "@solutions", positions: 0, unit_problems: 9}}
@@ -48,7 +71,8 @@ second: {{do: data.solutions, policy: "@policy", split: test, samples: 2, temper
 correction:
   do: eval.correction
   sources: {{critiques: "@critiques", refined: "@refined", parallel: "@parallel", sequential: "@sequential", retry: "@retry",
-            turns: ["@first", "@second"], shuffled: "@shuffled", alone: "@first"}}
+            turns: ["@first", "@second"], shuffled: "@shuffled", alone: "@first", glore: "@glore",
+            local_rows: "@local_rows"}}
   reflections: [Wait]
 report: {{do: report, results: ["@correction"]}}
 """
@@ -132,6 +156,114 @@ def test_metrics_of_every_source(made: Path) -> None:
     assert sum(values["parallel", "accuracy"].values()) / 8 == pytest.approx(value("parallel", "accuracy"))
 
 
+def test_drafts_of_rows_are_criticised_and_refined_without_the_task_that_they_are_of(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made.parent)
+    config = {"task": {"kind": "free", "answer_kind": "number"}, "policy": "run/refiner", "wording": "lab"}
+    config |= {"max_new_tokens": 30, "unit_problems": 9}
+    Path("freely.yaml").write_text(yaml.safe_dump({**config, "drafts": "run/critiques", "limit": 7}))
+    with monkeypatch.context() as patch:  # two steps of training make no critic
+        patch.setattr(critiques_, "text_of", lambda engine, sample: "Final answer verdict: Wrong")
+        main(["data", "critiques", "--config", "freely.yaml", "--out", "run/free_critiques"])
+    Path("freely.yaml").write_text(yaml.safe_dump({**config, "critiques": "run/critiques", "limit": 4}))
+    main(["data", "refinements", "--config", "freely.yaml", "--out", "run/free_refinements"])
+    given = list(dict.fromkeys((r.problem_id, tuple(meta_of(r)["draft"])) for r in rows_of(made, "critiques")))
+    found = rows_of(made, "free_critiques")
+    assert [(r.problem_id, tuple(meta_of(r)["draft"])) for r in found] == given[:7]
+    assert all(row.messages[0].content.endswith("Critique: \n ") for row in found)
+    task = load_task(TASK)
+    rows = rows_of(made, "free_refinements")
+    assert len({row.problem_id for row in rows}) == 4
+    for row in rows:
+        problem = Problem(row.problem_id, meta_of(row)["prompt"], meta_of(row)["reference"])
+        text = row.messages[-1].content
+        if "Answer:" in text:
+            assert meta_of(row)["correct"][1] == task.verify(problem, text).right
+
+
+def test_self_talk_as_it_is_put_together_and_as_a_model_rewrites_it(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(made.parent)
+    task, rows = load_task(TASK), rows_of(made, "talk")
+    assert len({row.problem_id for row in rows}) == len(rows) > 3
+    for row in rows:
+        problem = Problem(row.problem_id, meta_of(row)["prompt"], meta_of(row)["reference"])
+        first, second = row.messages[1].content.split("\nWait\n")
+        assert len(first.split("\n")) == meta_of(row)["first_error"] + 1
+        assert task.verify(problem, second).right
+    config = {
+        "task": TASK,
+        "policy": "run/policy",
+        "refinements": "run/repaired",
+        "unit_problems": 2,
+        "max_new_tokens": 90,
+    }
+    Path("talk.yaml").write_text(yaml.safe_dump(config))
+    texts = iter([f"Answer: {meta_of(row)['reference']}" if number % 2 else "No." for number, row in enumerate(rows)])
+    monkeypatch.setattr(self_talk, "text_of", lambda engine, sample: next(texts))
+    main(["data", "self_talk", "--config", "talk.yaml", "--out", "run/monologues"])
+    found, about = rows_of(made, "monologues"), read_about(made / "monologues")
+    assert about["rows"] + sum(about["dropped"].values()) == len(rows)
+    assert about["dropped"]["monologues that end wrong"] > 0
+    assert {row.problem_id for row in found} <= {row.problem_id for row in rows[1::2]}
+    assert all(row.messages[1].content == f"Answer: {meta_of(row)['reference']}" for row in found)
+
+
+def test_refinements_of_glore_are_arms_beside_the_choice_and_pay_for_every_model(made: Path) -> None:
+    found = {(r["arm"], r["metric"]): r["value"] for r in read_json(made / "correction" / "results.json")}
+    rows = {(r.problem_id, r.sample): r for r in read_rows(made / "glore", Solution)}
+    chosen, fixed = [], {"global": 0, "local": 0, "either": 0}
+    for record in read_searches(made / "glore"):
+        right = {f["node"]: f["outcome"] == "right" for f in record["finals"]}
+        chosen.append(record["finals"][record["chosen"]]["outcome"] == "right")
+        for place, node in enumerate(record["nodes"]):
+            if node["parent"] == 0:
+                after = {n["role"]: right[p] for p, n in enumerate(record["nodes"]) if n["parent"] == place}
+                assert "global" in after
+                if not right[place]:
+                    fixed["either"] += any(after.values())
+                    for role in after:
+                        fixed[role] += after[role]
+        for final in record["finals"]:
+            row = rows[record["problem_id"], final["sample"]]
+            node = record["nodes"][final["node"]]
+            if node.get("role") == "local":  # a whole solution, which begins as its draft does
+                draft = record["nodes"][node["parent"]]["steps"]
+                kept = len(row.steps) - len(node["steps"])
+                assert list(row.steps[:kept]) == draft[:kept]
+                assert row.text.strip()
+    assert found["glore", "accuracy"] == pytest.approx(sum(chosen) / len(chosen))
+    drafts = found["glore/global", "accuracy@t1"]
+    for arm in fixed:
+        assert found[f"glore/{arm}", "accuracy@t1"] == drafts
+        assert found[f"glore/{arm}", "wrong_to_right"] == pytest.approx(fixed[arm] / 16)
+    ledger = read_about(made / "glore")["ledger"]
+    assert ledger["generated_tokens"] == sum(r["tokens"] for r in read_searches(made / "glore"))
+    assert ledger["reward_tokens"] > 0
+    assert found["local_rows", "accuracy"] == 1
+    metas = [meta_of(row) for row in rows_of(made, "local_rows")]
+    assert all(len(m["prefix"]) == m["located"] for m in metas)
+    assert read_about(made / "local_rows")["ledger"]["generated_tokens"] > 0
+
+
+def test_a_search_with_refiners_says_what_it_lacks(refused: Any, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made.parent)
+    config = {"task": TASK, "policy": "run/policy", "strategy": "glore", "reward": "run/reward"}
+    config |= {"global_refiner": "run/refiner"}
+    for more, told in (
+        ({}, "strategy glore with refine both needs local_refiner"),
+        ({"local_refiner": "run/refiner"}, "a local refiner needs a locator"),
+        ({"settings": {"refine": "none"}}, "refine must be one of both, global, local"),
+        ({"local_refiner": LAB_POLICY, "locator": "checker", "wording": "lab"}, "needs the vocabulary of the policy"),
+    ):
+        Path("glore.yaml").write_text(yaml.safe_dump({**config, **more}))
+        assert told in refused("search", "run", "--config", "glore.yaml", "--out", "out")
+    Path("local.yaml").write_text(yaml.safe_dump({"task": TASK, "policy": "run/policy", "labels": "run/empty.jsonl"}))
+    assert "empty.jsonl" in refused("data", "local_refinements", "--config", "local.yaml", "--out", "out")
+
+
 def test_rows_of_rise_flips_and_inline_corrections(made: Path) -> None:
     weights = {json.loads(row.meta)["reward"]: row.weight for row in rows_of(made, "rise")}
     assert all(w == pytest.approx(math.exp(r / 0.4)) for r, w in weights.items())
@@ -172,6 +304,18 @@ def test_shards_and_a_second_run_give_the_same_bytes(made: Path, monkeypatch: py
     for shard in ("1/2", "0/2"):
         main(["data", "refinements", "--config", "refined.yaml", "--out", "sharded", "--shard", shard])
     assert Path("sharded/rows.parquet").read_bytes() == (made / "refined" / "rows.parquet").read_bytes()
+    local = {
+        "task": TASK,
+        "max_new_tokens": 40,
+        "wording": "lab",
+        "labels": "run/labels",
+        "policy": "run/policy",
+        "samples": 3,
+    }
+    Path("local.yaml").write_text(yaml.safe_dump({**local, "unit_problems": 3}))
+    for shard in ("1/2", "0/2"):
+        main(["data", "local_refinements", "--config", "local.yaml", "--out", "sharded_local", "--shard", shard])
+    assert Path("sharded_local/rows.parquet").read_bytes() == (made / "local_rows" / "rows.parquet").read_bytes()
 
 
 def test_votes_over_turns_and_chains() -> None:
@@ -192,10 +336,28 @@ def test_votes_over_turns_and_chains() -> None:
     assert found["changed"] == (["p", "p"], [0.0, 0.0])
 
 
+def test_late_errors_are_told_apart_and_what_cannot_be_read_finds_and_clears_nothing() -> None:
+    def chain(problem: str, error: int | None, says: int | None, wrong: bool | None) -> Chain:
+        about = Attempt("a\nb\nc\nd", None, error is None, error, True)
+        return Chain(problem, 0, (about,), (Said("", wrong, says, False),))
+
+    chains = [
+        chain("p", 0, 0, True), chain("q", 1, 1, True), chain("r", 2, 2, True), chain("s", 3, 2, True),
+        chain("t", None, None, False),
+        chain("u", None, None, None), chain("v", 2, None, None),
+    ]  # fmt: skip
+    found = {metric: (n, value[0]) for metric, (n, value) in _shares(chains, 0).items()}
+    assert found["critic_located_late"] == (3, pytest.approx(1 / 3))  # r, s and v
+    assert found["critic_located"] == (7, pytest.approx(3 / 5))
+    assert found["critic_cleared"] == (7, pytest.approx(1 / 2))  # t, and not u
+
+
 def test_rows_of_other_kinds_have_no_attempts() -> None:
     row = Dialogue("q", "solve", (Message("user", "?"),), "{}", Source("p", "e", "t", 0))
     with pytest.raises(UserError, match="kind solve has no attempts"):
         chains_of_dialogues([row])
+    with pytest.raises(UserError, match="kind solve has no draft"):
+        drafts_of_dialogues([row])
 
 
 MISTAKES: list[tuple[list[str], str]] = [
@@ -205,7 +367,7 @@ MISTAKES: list[tuple[list[str], str]] = [
      "task text cannot check steps and plant errors"),
     (["data", "critiques", "--rg2", "1", "--writer", "policy", "--corrupt", "0.1"], "corrupt is about the checker"),
     (["data", "refinements", "--policy", "run/policy"], "critiques is missing"),
-    (["data", "refinements", "--critiques", "run/refined", "--policy", "run/policy"], "of kind critique, found refine"),
+    (["data", "refinements", "--critiques", "run/refined", "--policy", "run/policy"], "of kind critique or draft, found refine"),
     (["data", "refinements", "--critiques", "run/critiques", "--policy", "run/policy", "--config", "task.yaml", "--split", "test"],
      "is not in split 'test'"),
     (["data", "refinements", "--repair", "--control", "empty"], "repair asks no refiner"),

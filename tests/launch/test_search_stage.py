@@ -38,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "tot_dfs": {"width": 2, "threshold": 0.1, "expansions": 5},
     "revisions": {"n": 4, "chains": 2},
     "corrections": {"n": 2, "turns": 3},
+    "glore": {"n": 2},
 }
 
 
@@ -67,7 +68,8 @@ def test_every_strategy_writes_rows_and_what_it_searched(tmp_path, prm, strategy
     template = ("--revision_template", '"{attempts}{prompt}"', "--attempt_template", json.dumps("{attempt} \n"))
     # One turn each, so that the shipped policy, which has no chat template, can be asked.
     criticised = ("--critic", "self", "--wording", "reflexion", "--critic_max_new_tokens", "9")
-    own = {"revisions": template, "corrections": criticised}.get(strategy, ())
+    refined = ("--global_refiner", POLICY, "--local_refiner", POLICY, "--locator", "random", "--wording", "reflexion")
+    own = {"revisions": template, "corrections": criticised, "glore": refined}.get(strategy, ())
     out = searched(tmp_path / "out", prm, strategy, "--trees", "2", *own)
     rows = read_rows(out, Solution)
     records = list(read_searches(out))
@@ -82,11 +84,13 @@ def test_every_strategy_writes_rows_and_what_it_searched(tmp_path, prm, strategy
         if record["nodes"]:
             for final, row in zip(record["finals"], mine, strict=True):
                 node, steps = final["node"], []
-                alone = strategy in ("revisions", "corrections")  # the parent of an attempt is what came before it
+                # The parent of an attempt is what came before it; a local refinement adds to the beginning of its draft.
+                alone = strategy in ("revisions", "corrections", "glore")
+                local = record["nodes"][node].get("role") == "local"
                 while node > 0:
                     steps[:0] = record["nodes"][node]["steps"]
                     node = 0 if alone else record["nodes"][node]["parent"]
-                assert tuple(steps) == row.steps
+                assert tuple(steps) == (row.steps[len(row.steps) - len(steps) :] if local else row.steps)
     about = read_about(out)
     assert about["ledger"]["generated_tokens"] >= sum(record["tokens"] for record in records) > 0
     assert about["ledger"]["reward_tokens"] > 0

@@ -51,8 +51,8 @@ def solved(capsys: Any, *arguments: str) -> Any:
     return json.loads(out) if "--json" in arguments else out
 
 
-# Corrections need a critic and a refiner, which tests/launch/test_corrections.py makes.
-@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "corrections"])
+# Corrections and GLoRe need critics and refiners, which tests/launch/test_corrections.py makes.
+@pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name not in ("corrections", "glore")])
 def test_every_strategy_solves_a_problem(capsys, prm, strategy):
     settings = SMALL.get(strategy, {STRATEGIES[strategy][1]: 3})
     template = ["--revision_template", '"{attempts}{prompt}"', "--attempt_template", json.dumps("{attempt} \n")]
