@@ -3,8 +3,9 @@
     python bench/plan_check.py --policy FOLDER [--threads 1] [--repetitions 3]
 
 The larger model is that of FOLDER, the smaller one has half its layers and half its width, with weights drawn at random. A small
-run of the recipe gives the rates; a run of four times as much work is planned from it, run, and measured. Memory is what a process
-holds beside its files (RssAnon of Linux), less what it holds with everything imported and no model. Each stage is a process.
+run of the recipe gives the rates; a run of three times as much work is planned from it, run, and measured. Memory is the resident
+set of the stage's process, less what it is with everything imported and no model. The allocator is told to give memory back
+(MALLOC_MMAP_THRESHOLD_): glibc's own habit is to keep what activations leave and to take new memory for gradients.
 """
 
 from __future__ import annotations
@@ -23,18 +24,25 @@ from typing import Any
 import yaml
 from measure import RESULTS, machine
 
-SMALL, LARGE = 8, 32  # problems
-TASK = {"kind": "chain", "p": 7, "min_steps": 6, "max_steps": 6, "sizes": {"train": LARGE, "dev": 10, "test": 10}}
+SMALL, LARGE = 16, 48  # problems
+TASK = {"kind": "chain", "p": 7, "min_steps": 6, "max_steps": 6, "sizes": {"train": 1000, "dev": 10, "test": 10}}
 IMPORTED = (
     "import stepladder.launch.making, stepladder.trainers.sft, stepladder.trainers.prm, torch, transformers, pyarrow.parquet\n"
     "from transformers import AutoModelForCausalLM, Trainer\nfrom transformers.models.llama import modeling_llama\n"
-    "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('RssAnon')][0])"
+    "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmRSS')][0])"
 )
 
 
 def recipe(model: Path, problems: int) -> dict[str, Any]:
     """One stage of each kind of work: sampling, training with logits, training without."""
-    trained = {"per_device_train_batch_size": 4, "max_steps": problems // 4, "logging_steps": 1, "max_length": 160}
+    # Fixed costs, such as writing checkpoints, do not grow with the work.
+    trained = {
+        "per_device_train_batch_size": 4,
+        "max_steps": problems // 4,
+        "logging_steps": 1,
+        "max_length": 160,
+        "save_strategy": "no",
+    }
     return {
         "name": "plan_check",
         "seed": 0,
@@ -48,7 +56,7 @@ def recipe(model: Path, problems: int) -> dict[str, Any]:
             "lab": {"do": "model.copy", "source": "lab"},
             "answers": {"do": "data.solutions", "policy": "@lab", "limit": problems, "samples": 1},
             "labels": {"do": "data.checker_labels", "solutions": "@answers"},
-            "prm": {"do": "train.prm", "model": "@policy", "rows": "@labels", "after_first_zero": True, **trained},
+            "prm": {"do": "train.prm", "model": "@policy", "rows": "@labels/rows.parquet", "after_first_zero": True, **trained},
         },
     }  # fmt: skip
 
@@ -68,7 +76,7 @@ def run(given: dict[str, Any], folder: Path, threads: int) -> dict[str, float]:
         file.write_text(yaml.safe_dump(part, sort_keys=False))
         process = subprocess.Popen(
             [sys.executable, "-m", "stepladder.launch.cli", "run", str(file), "--out", str(folder)],
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(threads),
         )  # fmt: skip
         peak = 0
         while process.poll() is None:
@@ -80,12 +88,16 @@ def run(given: dict[str, Any], folder: Path, threads: int) -> dict[str, float]:
     return peaks
 
 
+def environment(threads: int) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "262144"}
+
+
 def _resident(process: int) -> int:
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS")), 0)
 
 
 def smaller(model: Path, folder: Path) -> Path:
@@ -118,26 +130,27 @@ def longest(folder: Path, model: Path) -> int:
     return max(len(item["input_ids"]) for item in made if item is not None)
 
 
-def check(model: Path, work: Path, threads: int, rates: dict[str, Path]) -> list[dict[str, Any]]:
+def check(
+    model: Path, work: Path, threads: int, rates: dict[str, Path], small: int, large: int
+) -> list[dict[str, Any]]:
     """One record a measured stage: planned and measured peak bytes and seconds of the larger run."""
     from stepladder.launch.options_plan import Plan
     from stepladder.launch.plan import make_plan
 
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     base = 1024 * int(
         subprocess.run(
-            [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True, env=environment
+            [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True, env=environment(threads)
         ).stdout
     )
-    run(recipe(model, SMALL), work / "small", threads)
+    run(recipe(model, small), work / "small", threads)
     rates.setdefault("first", work / "small")
-    peaks = run(recipe(model, LARGE), work / "large", threads)
+    peaks = run(recipe(model, large), work / "large", threads)
     tokens = longest(work / "large", model)
     found = []
     planned = {}
     for name, pilot in (("own", work / "small"), ("other size", rates["first"])):
         given = Plan(gpus="1x16GB", launch="run", rates=str(pilot), longest=tokens)
-        planned[name] = {s.name: s for s in make_plan(recipe(model, LARGE), "plan_check", given)[0]}
+        planned[name] = {s.name: s for s in make_plan(recipe(model, large), "plan_check", given)[0]}
     for name in MEASURED:
         one, other = planned["own"][name], planned["other size"][name]
         folder = work / "large" / name
@@ -160,6 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policy", type=Path, required=True, help="a folder with a Llama-like model and its tokenizer")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--small", type=int, default=SMALL, help="problems of the run that gives the rates")
+    parser.add_argument("--large", type=int, default=LARGE, help="problems of the run that is planned")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "plan_check.json")
     args = parser.parse_args()
@@ -171,7 +186,7 @@ def main() -> None:
             rows = []
             for name, model in (("large", args.policy), ("half", smaller(args.policy, work / "model"))):
                 (work / name).mkdir()
-                rows += check(model.resolve(), work / name, args.threads, rates)
+                rows += check(model.resolve(), work / name, args.threads, rates, args.small, args.large)
             records.append(rows)
         print(f"plan_check {number + 1}/{args.repetitions}", flush=True)
     result = {

@@ -23,6 +23,8 @@ _LAB = Path(__file__).parent.parent / "models" / "lab_policy"  # what `source: l
 _ACCELERATE = Path(__file__).parent / "accelerate"
 _SCORED_TOKENS = 16384  # that a reward model reads at once (models/reward.py)
 _ASSUMED_PROMPT = 128.0
+_SCORERS = ("reward", "prm", "value", "orm", "process_reward")  # options that name a model that scores
+_NO_MODELS = ("self", "rollouts", "checker", "facts")  # what some of them may say instead
 
 
 @dataclass
@@ -85,20 +87,14 @@ def read_stages(recipe: Mapping[str, Any], out: Path, where: str, given: Plan) -
         if kind == "model.copy":
             source = str(_LAB) if config.source == "lab" else config.source
             shapes[name] = _shape(source, f"{where}, stage {name}", given)
-        folders = {str(out / other): stage for other, stage in stages.items()}
-        rows = {
-            field.name: folders[value].rows
-            for field in dataclasses.fields(config)
-            if isinstance(value := getattr(config, field.name), str) and value in folders and folders[value].rows.count
-        }
+        named = lambda text: stages.get(_stage_in(text, out)) if isinstance(text, str) else None
+        values_of = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+        rows = {key: found.rows for key, v in values_of.items() if (found := named(v)) is not None and found.rows.count}
         listed = [
-            folders[text].rows
-            for field in dataclasses.fields(config)
-            for text in _inner_texts(getattr(config, field.name))
-            if text in folders
+            found.rows for v in values_of.values() for text in _inner_texts(v) if (found := named(text)) is not None
         ]
         shape = _model_of(config, ("policy", "model"), shapes, out, f"{where}, stage {name}", given)
-        scorer = _model_of(config, ("reward", "prm", "value", "orm"), shapes, out, f"{where}, stage {name}", given)
+        scorer = _model_of(config, _SCORERS, shapes, out, f"{where}, stage {name}", given)
         problems, prompt = 0.0, given.prompt_tokens
         if isinstance(getattr(config, "task", None), Mapping) and _works_on_problems(kind, config):
             model = getattr(config, "policy", "") or getattr(config, "model", "")
@@ -133,6 +129,12 @@ def _with_folder(kind: str, values: Mapping[str, Any], folder: Path) -> dict[str
     return {**({"output_dir": str(folder)} if takes else {}), **values}
 
 
+def _stage_in(text: str, out: Path) -> str:
+    """The name of the stage whose folder a path lies in; "" for any other text."""
+    path = Path(text)
+    return path.relative_to(out).parts[0] if text and out in path.parents else ""
+
+
 def _inner_texts(value: Any) -> list[str]:
     if isinstance(value, Mapping):
         return [t for v in value.values() for t in ([v] if isinstance(v, str) else _inner_texts(v))]
@@ -152,8 +154,8 @@ def _default_new_tokens(stages: Mapping[str, Stage]) -> float:
 def _folder_of(model: str, stages: Mapping[str, Stage], out: Path) -> str:
     """Where the checkpoint of a model lies now: that which its stage is copied or trained from."""
     seen = model
-    while Path(seen).parent == out and Path(seen).name in stages:
-        config = stages[Path(seen).name].config
+    while (name := _stage_in(seen, out)) in stages:
+        config = stages[name].config
         seen = getattr(config, "source", "") or getattr(config, "model", "")
     return str(_LAB) if seen == "lab" else seen
 
@@ -161,12 +163,17 @@ def _folder_of(model: str, stages: Mapping[str, Stage], out: Path) -> str:
 def _model_of(
     config: Any, names: tuple[str, ...], shapes: Mapping[str, Shape], out: Path, where: str, given: Plan
 ) -> Shape | None:
-    for name in names:
-        text = getattr(config, name, "")
-        if isinstance(text, str) and text:
-            path = Path(text)
-            inside = path.relative_to(out).parts if out in path.parents else ()
-            return shapes[inside[0]] if inside and inside[0] in shapes else _shape(text, where, given)
+    if "model" in names and getattr(config, "lab_model", None):
+        from ..models.lab import LAB_SPECIALS, lab_config
+
+        told = dict(config.lab_model)
+        words = told.pop("largest_number", 12) + len(LAB_SPECIALS) + 9
+        return planning.shape_of(lab_config(words, **told).to_dict(), where)
+    several = getattr(config, "models", None) or {}
+    for text in [getattr(config, name, "") for name in names] + list(several.values() if "reward" in names else ()):
+        if isinstance(text, str) and text and text not in _NO_MODELS:
+            stage = _stage_in(text, out)
+            return shapes[stage] if stage in shapes else _shape(text, where, given)
     return None
 
 
@@ -185,6 +192,9 @@ def _problems(config: Any, model: str, given: Plan, where: str) -> tuple[float, 
     from ..tasks.load import load_task
 
     task = load_task(config.task)
+    sizes = getattr(task, "sizes", None) or {}
+    if given.prompt_tokens and config.split in sizes:
+        return float(min(sizes[config.split], config.limit or sizes[config.split])), given.prompt_tokens
     try:
         problems = task.problems(config.split)
     except (UserError, ValueError) as error:
@@ -215,9 +225,10 @@ def stage_memory(stage: Stage, layout: Layout, given: Plan) -> Memory:
     if isinstance(config, WithPolicy) and shape is not None and config.backend != "openai":
         dtype = _dtype(config.dtype, shape)
         rows = int(min(config.batch_size, max(stage.work.calls, 1)))
+        read = int(min(rows, max(stage.work.prefilled / max(stage.asked.lengths.prompt, 1), 1)))
         prompt = int(stage.asked.lengths.prompt + (stage.asked.lengths.solution if stage.asked.first.count else 0))
         memory = planning.generation_memory(
-            shape, dtype=dtype, rows=rows, prompt=prompt, new_tokens=config.max_new_tokens
+            shape, dtype=dtype, rows=rows, prompts=read, prompt=prompt, new_tokens=config.max_new_tokens
         )
     if stage.work.reward and stage.scorer is not None:
         dtype = _dtype(getattr(config, "reward_dtype", getattr(config, "dtype", "float32")), stage.scorer)
@@ -257,7 +268,7 @@ def _training_memory(stage: Stage, shape: Shape, layout: Layout, given: Plan) ->
     if stage.kind != "train.rl":
         return planning.training_memory(shape, training, layout)
     sampling = planning.generation_memory(
-        shape, dtype=training.dtype, rows=config.generation_batch, prompt=int(stage.asked.lengths.prompt),
+        shape, dtype=training.dtype, rows=config.generation_batch, prompts=config.generation_batch, prompt=int(stage.asked.lengths.prompt),
         new_tokens=config.max_new_tokens,
     )  # fmt: skip
     return planning.policy_gradient_memory(
@@ -378,7 +389,7 @@ def make_plan(recipe: Mapping[str, Any], where: str, given: Plan) -> tuple[list[
         like = measured.get(stage.name)
         if like is not None and like.estimate.tokens:
             # The run's own tokens, as many times as the formulas say this recipe asks for more.
-            stage.work = like.work.times(stage.work.tokens / like.estimate.tokens)
+            stage.work = like.work.scaled(stage.work, like.estimate)
             stage.upper = False
         spread = layout.processes if stage.kind.startswith("train.") else units_of(stage.config, stage.asked)
         stage.processes = int(min(gpus, spread))

@@ -64,8 +64,14 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
 
-    def times(self, factor: float) -> Work:
-        return Work(**{f.name: getattr(self, f.name) * factor for f in dataclasses.fields(self)})
+    def scaled(self, to: Work, of: Work) -> Work:
+        """This work, each kind of tokens as many times as it is more in `to` than in `of`; all together where `of` has none."""
+        overall = to.tokens / of.tokens if of.tokens else 1.0
+        made = {}
+        for field in dataclasses.fields(self):
+            more, less = getattr(to, field.name), getattr(of, field.name)
+            made[field.name] = getattr(self, field.name) * (more / less if less else overall)
+        return Work(**made)
 
     @property
     def tokens(self) -> float:
@@ -122,7 +128,8 @@ def _continued(rows: Rows, asked: Asked, rollouts: float, prefixes: float) -> Wo
 
 def _step_labels(config: Any, asked: Asked) -> tuple[Work, Rows]:
     rows = _limited(asked.rows.get("solutions", NOTHING), config)
-    return _continued(rows, asked, config.rollouts, asked.lengths.steps + 1), rows
+    # From the prompt and from behind every step but the last, which the verifier judges.
+    return _continued(rows, asked, config.rollouts, asked.lengths.steps), rows
 
 
 def _omegaprm(config: Any, asked: Asked) -> tuple[Work, Rows]:

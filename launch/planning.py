@@ -359,14 +359,15 @@ def cache_bytes(shape: Shape, rows: int, columns: int, width: int) -> float:
     return 2.0 * shape.layers * shape.kv * rows * columns * width
 
 
-def generation_memory(shape: Shape, *, dtype: str, rows: int, prompt: int, new_tokens: int) -> Memory:
-    """What a process holds while it samples `rows` sequences at once: weights, keys and values, and one step's distribution."""
+def generation_memory(shape: Shape, *, dtype: str, rows: int, prompts: int, prompt: int, new_tokens: int) -> Memory:
+    """What a process holds while it samples `rows` sequences from `prompts` different prompts at once: weights, keys and values,
+    and one step's distribution."""
     width = BYTES[dtype]
     weights = float(shape.parameters() * width)
     cache = cache_bytes(shape, rows, prompt + new_tokens, width)
     # The logits of the last position, in float32 where they are not, and what drawing from them needs.
     logits = 12.0 * rows * shape.vocabulary
-    layer = rows * prompt * (3 * shape.intermediate + 2 * shape.hidden) * width  # while prompts are read
+    layer = prompts * prompt * (3 * shape.intermediate + 2 * shape.hidden) * width  # while prompts are read
     return Memory(
         weights=weights, cache=cache, logits=logits, activations=layer, peak=weights + max(cache + logits, layer)
     )

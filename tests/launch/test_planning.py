@@ -196,7 +196,9 @@ def test_a_step_of_training_is_three_forwards_with_frozen_weights_two() -> None:
     for lora, checkpointing in ((0, False), (1, False), (0, True)):
         model: Any = LlamaForTokenClassification(LlamaConfig(**SIZES, attn_implementation="eager"))
         if lora:
-            model = get_peft_model(model, LoraConfig(r=1, target_modules="all-linear", task_type="TOKEN_CLS"))
+            model = get_peft_model(
+                model, LoraConfig(r=1, target_modules="all-linear", exclude_modules=["score"], task_type="TOKEN_CLS")
+            )
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.train()
@@ -208,8 +210,9 @@ def test_a_step_of_training_is_three_forwards_with_frozen_weights_two() -> None:
                     loss.backward()
             flops.append(counter.get_total_flops())
         factor = planning.training_factor(lora=bool(lora), checkpointing=checkpointing)
-        # Adapters are trained, and attention has no frozen factor: a little more than two.
-        assert flops[1] / flops[0] == pytest.approx(factor, rel=0.08 if lora else 0.02)
+        # Adapters are trained, and attention has no frozen factor: a little more than two. The forward that is repeated ends
+        # with what its layer kept last, before the last product: a little less than four.
+        assert flops[1] / flops[0] == pytest.approx(factor, rel=0.08 if lora or checkpointing else 0.02)
 
 
 def test_memory_of_sampling_is_that_of_counted_tensors(tiny_policy: Any, lab_words: Any) -> None:
@@ -224,7 +227,7 @@ def test_memory_of_sampling_is_that_of_counted_tensors(tiny_policy: Any, lab_wor
         requests = [Request(tuple([5] * 40), (number,)) for number in range(32)]
         engine.generate(requests, Sampling(60))
     shape = planning.shape_of(model.config.to_dict(), "here")
-    plan = planning.generation_memory(shape, dtype="float32", rows=32, prompt=40, new_tokens=60)
+    plan = planning.generation_memory(shape, dtype="float32", rows=32, prompts=32, prompt=40, new_tokens=60)
     assert plan.weights == pytest.approx(weights, rel=0.01)
     # What a step holds beside keys and values depends on the engine's way of growing them.
     assert 0.8 * live.peak < plan.peak < 1.25 * live.peak
