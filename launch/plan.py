@@ -268,9 +268,13 @@ def _training_memory(stage: Stage, shape: Shape, layout: Layout, given: Plan) ->
     if stage.kind != "train.rl":
         return planning.training_memory(shape, training, layout)
     sampling = planning.generation_memory(
-        shape, dtype=training.dtype, rows=config.generation_batch, prompts=config.generation_batch, prompt=int(stage.asked.lengths.prompt),
+        shape,
+        dtype=training.dtype,
+        rows=config.generation_batch,
+        prompts=max(config.generation_batch // config.samples, 1),
+        prompt=int(stage.asked.lengths.prompt),
         new_tokens=config.max_new_tokens,
-    )  # fmt: skip
+    )
     return planning.policy_gradient_memory(
         shape, training, layout, critic=config.algorithm == "ppo", reference=config.reference, generation=sampling
     )
