@@ -80,10 +80,18 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
             for item in items
         ]
         tokenizer.padding_side = "right"
+
+        def over_all(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+            """The mean over the labels of the whole step. transformers' own is a mean of each micro-batch, and with accumulation
+            their sum (5.24): another loss on the same rows."""
+            logits = outputs["logits"].float().flatten(0, 1)
+            return torch.nn.functional.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
+
         trainer = Trainer(
             model=model,
             args=TrainingArguments(gradient_checkpointing="checkpointed" in arm, **common),
             train_dataset=data,
+            compute_loss_func=over_all,
             data_collator=DataCollatorForTokenClassification(tokenizer),
         )
     tokens = sum(len(item["input_ids"]) for item in items)
