@@ -96,6 +96,9 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
             processing_class=tokenizer,
         )
     tokens = sum(sum(map(len, item["input_ids"])) for item in items)
+    once = sum(sum(map(len, item["input_ids"])) - item["start"] for item in items)
+    # The policy goes forward and backward in every step, the reference forward: there in every step, here once.
+    read = 3 * args.steps * once + once if arm == "stepladder" else 4 * args.steps * tokens
     parameters = sum(p.numel() for p in model.parameters())
 
     def work() -> Work:
@@ -104,7 +107,7 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
         return Work(
             units=args.steps * len(items),
             tokens=args.steps * tokens,
-            flops=6.0 * args.steps * tokens * parameters,
+            flops=2.0 * read * parameters,
             same=losses,
         )
 
