@@ -67,7 +67,7 @@ MEASURED = ("solutions", "sft", "prm")
 def run(given: dict[str, Any], folder: Path, threads: int) -> dict[str, float]:
     """Runs a recipe stage by stage; the peak bytes of each stage that is measured."""
     file = folder.with_suffix(".yaml")
-    peaks = {}
+    peaks: dict[str, float] = {}
     names = list(given["stages"])
     for last in range(1, len(names) + 1):
         part = {**given, "stages": {name: given["stages"][name] for name in names[:last]}}

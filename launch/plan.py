@@ -253,12 +253,13 @@ def _training_memory(stage: Stage, shape: Shape, layout: Layout, given: Plan) ->
     if stage.kind == "train.rl":
         length = min(length, int(stage.asked.lengths.prompt) + config.max_new_tokens)
     rows = config.per_device_train_batch_size * sides
-    read = length if stage.kind == "train.rl" else max(length - int(stage.asked.lengths.prompt), 1)
+    read = config.max_new_tokens if stage.kind == "train.rl" else max(length - int(stage.asked.lengths.prompt), 1)
     training = Training(
         rows=rows,
         length=length,
         labels=LANGUAGE if language else 1 if getattr(config, "head", "") == "scalar" else 2,
         logit_positions=rows * read if language else 0,
+        logit_bytes=planning.ONLINE_LOGITS if stage.kind == "train.rl" else planning.LOSS_LOGITS,
         dtype=_dtype(config.dtype, shape),
         lora_r=config.lora_r,
         checkpointing=config.gradient_checkpointing,
@@ -406,9 +407,21 @@ def plan_text(recipe: Mapping[str, Any], where: str, given: Plan) -> str:
     """The table that `stepladder plan` prints."""
     stages, layout, room = make_plan(recipe, where, given)
     shown = [stage for stage in stages if stage.work.tokens]
-    heads = ("stage", "does", "model", "GB each", "weights", "grads", "Adam", "activ.", "logits", "cache", "other")
+    heads: tuple[str, ...] = (
+        "stage",
+        "does",
+        "model",
+        "GB each",
+        "weights",
+        "grads",
+        "Adam",
+        "activ.",
+        "logits",
+        "cache",
+        "other",
+    )
     heads += ("written", "read", "trained", "GPUs", "GPU-h", "hours")
-    lines = [heads]
+    lines: list[tuple[str, ...]] = [heads]
     for stage in shown:
         memory, work = stage.memory, stage.work
         model = stage.shape or stage.scorer

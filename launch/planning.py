@@ -206,6 +206,13 @@ class Memory:
         return Memory(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
 
 
+# Bytes of three tensors over the vocabulary in float32. Forward they are the logits, their copy in float32 where they were
+# narrower, and log-probabilities; backward the log-probabilities, their gradient and that of the logits.
+LOSS_LOGITS = 12.0
+# Logits, those of responses, the same over the temperature, and two more for the entropy, which has no graph; with one four.
+ONLINE_LOGITS = 20.0
+
+
 @dataclass(frozen=True)
 class Training:
     """One micro-batch of training, as far as memory goes."""
@@ -214,6 +221,7 @@ class Training:
     length: int = 1024  # columns of the batch, padding included
     labels: int = LANGUAGE
     logit_positions: int = 0  # positions whose logits over the vocabulary are computed
+    logit_bytes: float = LOSS_LOGITS  # for each of these positions and entry of the vocabulary
     dtype: str = "float32"  # of the weights
     lora_r: int = 0
     checkpointing: bool = False
@@ -266,15 +274,6 @@ def activations(shape: Shape, training: Training, compute: int) -> float:
     return shape.layers * layer_activations(shape, training, compute) + final_norm + cast
 
 
-def logit_bytes(shape: Shape, positions: int) -> float:
-    """Bytes at the loss of so many positions of a language model: three tensors over the vocabulary in float32.
-
-    Forward they are the logits, their copy in float32 where they were narrower, and log-probabilities; backward the
-    log-probabilities, their gradient and that of the logits.
-    """
-    return 12.0 * positions * shape.vocabulary
-
-
 def training_memory(shape: Shape, training: Training, layout: Layout) -> Memory:
     """What one process holds while it trains, AdamW's moments included.
 
@@ -305,7 +304,9 @@ def training_memory(shape: Shape, training: Training, layout: Layout) -> Memory:
     layer = layer_activations(shape, training, compute)
     working = training.tokens * (shape.intermediate + 2 * shape.hidden) * compute  # gradients inside a layer
     kept = activations(shape, training, compute)
-    logits = logit_bytes(shape, training.logit_positions) if training.labels == LANGUAGE else 0.0
+    logits = 0.0
+    if training.labels == LANGUAGE:
+        logits = training.logit_bytes * training.logit_positions * shape.vocabulary
     if training.checkpointing and compute < BYTES[training.dtype]:
         layer += 2 * shape.layer_matrices
     recomputed = layer if training.checkpointing else 0.0
@@ -341,13 +342,23 @@ def policy_gradient_memory(
 ) -> Memory:
     """What one process holds in online training: a policy, and perhaps a critic and a frozen reference, whose activations are
     there together; samples are drawn between updates, when there are none."""
-    made = training_memory(shape, training, layout)
+    policy = made = training_memory(shape, training, layout)
+    valued = Memory()
     if critic:
-        second = dataclasses.replace(training, labels=1, logit_positions=0)
-        made = made + training_memory(shape, second, layout)
-    if reference and not training.lora_r:
-        frozen = made.weights / (2 if critic else 1)
-        made = dataclasses.replace(made, weights=made.weights + frozen, peak=made.peak + frozen)
+        valued = training_memory(shape, dataclasses.replace(training, labels=1, logit_positions=0), layout)
+        made = policy + valued
+    weights = made.weights + (policy.weights if reference and not training.lora_r else 0.0)
+    standing = weights + made.optimizer + made.buffers
+    if training.accumulation > 1 or layout.engine == "ddp":
+        standing += made.gradients
+    # All look first, without a graph. The critic comes last forward, so that its backward is over when the policy's begins.
+    grows = max(
+        policy.logits,
+        policy.activations + valued.activations + 0.4 * policy.logits,
+        policy.activations + 0.8 * policy.logits + valued.gradients,
+        made.gradients + (2.0 * shape.embedding * BYTES[training.dtype] if shape.tied and not training.lora_r else 0.0),
+    )
+    made = dataclasses.replace(made, weights=weights, peak=standing + grows)
     sampling = made.weights + made.optimizer + made.buffers + generation.cache + generation.logits
     if layout.share("weights") < 1:
         sampling += generation.weights  # a whole copy to sample with

@@ -206,7 +206,7 @@ class ForkingIsRight(TrainerCallback):
     """
 
     def __init__(self, trainer: DPOTrainer, collator: Collator, items: Sequence[dict[str, Any]]) -> None:
-        self.trainer, self.collator = trainer, collator
+        self.trainer, self.collator, self.pairs = trainer, collator, len(items)
         self.items = sorted(items, key=lambda item: max(map(len, item["input_ids"])))[:3]
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -215,7 +215,7 @@ class ForkingIsRight(TrainerCallback):
             return
         if args.share_prefix:
             raise UserError(f"share_prefix: this model cannot read a prefix once for both sides ({told})")
-        report_counts("pairs", {f"whose prefixes are read twice: {told}": len(self.trainer.train_dataset)})
+        report_counts("pairs", {f"whose prefixes are read twice: {told}": self.pairs})
         self.collator.forked = False
 
     def _difference(self, args: DPOArguments) -> str:

@@ -28,6 +28,7 @@ from stepladder.launch.planning import LANGUAGE, Layout, Training
 from stepladder.models.engine import Request, Sampling
 from stepladder.models.transformers_engine import TransformersEngine
 from stepladder.trainers import losses
+from stepladder.trainers.actor_critic import ActorCritic
 from stepladder.trainers.forward import trained_logits
 
 CONFIGS = Path(planning.__file__).parent / "accelerate"
@@ -157,6 +158,40 @@ def test_memory_of_training_is_that_of_counted_tensors(precision: str, labels: i
 def test_what_decides_the_peak(given: dict[str, Any]) -> None:
     given = {"dtype": "float32", "precision": "no", **given}
     assert planned(**given).peak == pytest.approx(counted(**given)["peak"], rel=0.07)
+
+
+@pytest.mark.parametrize("vocabulary", [300, 6000])
+def test_memory_of_online_training_is_that_of_counted_tensors(vocabulary: int) -> None:
+    """Policy, critic and reference: first all of them look, then policy and critic are trained; the second optimiser step."""
+    sizes = {**SIZES, "vocab_size": vocabulary}
+    config = LlamaConfig(**sizes, tie_word_embeddings=True, num_labels=1, classifier_dropout=0.0)
+    ids, mask = torch.randint(0, 300, (4, 64)), torch.zeros(4, 63, dtype=torch.bool)
+    mask[:, 40:] = True
+    attention = torch.ones_like(ids)
+    attention[0, -1] = 0
+    with Live() as live:
+        model = ActorCritic(LlamaForCausalLM(config), LlamaForTokenClassification(config), LlamaForCausalLM(config))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+        for _ in range(2):
+            gc.collect()
+            live.peak = live.now
+            with torch.no_grad():
+                model(ids, attention, 1.0, reference=True, mask=mask)
+            found = model(ids, attention, 1.0, mask=mask, entropy=False)
+            loss = (found["logp"] + found["values"]).sum()
+            del found
+            loss.backward()
+            del loss
+            peak = live.peak
+            optimizer.step()
+            optimizer.zero_grad()
+    shape = planning.shape_of(config.to_dict(), "here")
+    training = Training(rows=4, length=64, logit_positions=4 * 23, logit_bytes=planning.ONLINE_LOGITS)
+    plan = planning.policy_gradient_memory(
+        shape, training, Layout(), critic=True, reference=True, generation=planning.Memory()
+    )
+    assert plan.weights == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=5e-3)
+    assert plan.peak == pytest.approx(peak, rel=0.1)
 
 
 @pytest.mark.parametrize("labels", [LANGUAGE, 2])
