@@ -139,3 +139,63 @@ def test_two_processes_at_one_server_that_dies_and_returns(served: Served, tmp_p
     assert served.answered == {key: count + 1 for key, count in answers.items()}  # the same was asked for
     # Byte for byte what one process makes at a server that stays.
     assert (tmp_path / "both" / "rows.parquet").read_bytes() == (tmp_path / "alone" / "rows.parquet").read_bytes()
+
+
+# --- the script that starts a server on each machine -------------------------------------------------------------------------
+
+STAND_INS = {
+    "vllm": 'echo "vllm $*" >> "$LOG"; touch "$UP"; if [ ! -e "$LOG.once" ] && [ -n "$DIES" ]; then touch "$LOG.once"; exit 1; fi\n'
+    'echo $$ > "$LOG.server"; exec sleep 60',
+    "curl": 'if [ -e "$UP" ]; then exit 0; else exit 22; fi',
+    "stepladder": 'sleep 0.3; echo "stepladder $*" >> "$LOG"; exit "${STATUS:-0}"',
+}  # fmt: skip
+
+
+def served_data(tmp_path: Path, **given: str) -> tuple[int, list[str], str]:
+    """(exit status, commands that were run, what was said) of served_data.sh with stand-ins for what it calls."""
+    for name, text in STAND_INS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "LOG": str(tmp_path / "log"), "UP": str(tmp_path / "up"), "DIES": "",
+        "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_JOB_ID": "77", "SLURM_GPUS_ON_NODE": "8",
+        "WAIT_SECONDS": "0.05", "RESTART_SECONDS": "0.05", "MODEL": "some/model", **given,
+    }  # fmt: skip
+    script = Path(stages.__file__).parent / "slurm" / "served_data.sh"
+    ended = subprocess.run(
+        ["bash", str(script), "solutions", "--out", "rows"], env=environment, capture_output=True, text=True, timeout=30
+    )
+    log = tmp_path / "log"
+    return ended.returncode, log.read_text().splitlines() if log.exists() else [], ended.stderr
+
+
+def still_serving(folder: Path) -> bool:
+    """Whether the stand-in of the server runs still."""
+    process = (folder / "log.server").read_text().strip()
+    return Path("/proc", process).exists() and "sleep" in Path("/proc", process, "cmdline").read_text()
+
+
+def test_a_machine_serves_its_model_and_makes_its_shard(tmp_path: Path) -> None:
+    status, called, said = served_data(tmp_path, TENSOR_PARALLEL="2")
+    assert status == 0, said
+    assert called == [
+        "vllm serve some/model --port 20078 --tensor-parallel-size 2 --data-parallel-size 4",
+        "stepladder data solutions --out rows --policy some/model --backend openai "
+        "--base_url http://127.0.0.1:20078/v1 --shard 1/4",
+    ]
+    time.sleep(0.2)
+    assert not still_serving(tmp_path)
+
+
+def test_a_server_that_ends_is_started_again(tmp_path: Path) -> None:
+    status, called, said = served_data(tmp_path, DIES="yes")
+    assert status == 0, said
+    assert sum(line.startswith("vllm") for line in called) == 2
+    assert "it is started again" in said
+
+
+def test_a_failure_of_the_stage_is_that_of_the_task(tmp_path: Path) -> None:
+    assert served_data(tmp_path, STATUS="2")[0] == 2
+    status, _, said = served_data(tmp_path, MODEL="")
+    assert status != 0
+    assert "which model is served" in said
