@@ -19,6 +19,10 @@ GROUPS = ("data", "train", "search", "eval")
 COMMANDS = (
     ("quickstart [--out DIR] [--seed N] [--from-scratch]", "the whole loop on the lab, in minutes on a CPU"),
     ("run RECIPE.yaml [--out DIR] [stage.key=value ...]", "the stages of a recipe; what is done is skipped"),
+    (
+        "plan RECIPE.yaml --gpus 8x80GB [--nodes N] [--key value]",
+        "memory of each GPU, tokens and GPU-hours of a recipe",
+    ),
     *((f"{group} STAGE --config FILE [--key value ...]", group) for group in GROUPS),
     ("solve PROBLEM --policy DIR [--reward DIR] [--key value]", "searches one problem: answer, vote, tree and cost"),
     ("serve --policy DIR [--reward DIR] [--key value ...]", "an OpenAI-compatible chat endpoint over a search"),
@@ -102,6 +106,8 @@ def _dispatch(arguments: list[str]) -> None:
         _stage(command, rest)
     elif command == "run":
         _run(rest)
+    elif command == "plan":
+        _plan(rest)
     elif command == "quickstart":
         _quickstart(rest)
     elif command == "solve":
@@ -121,7 +127,18 @@ def _dispatch(arguments: list[str]) -> None:
 
         raise unknown_key(
             command,
-            [*GROUPS, "run", "quickstart", "solve", "serve", "claims", "export", "import-reward", "import-gguf"],
+            [
+                *GROUPS,
+                "run",
+                "plan",
+                "quickstart",
+                "solve",
+                "serve",
+                "claims",
+                "export",
+                "import-reward",
+                "import-gguf",
+            ],
             "stepladder",
             "command",
         )
@@ -201,6 +218,33 @@ def _run(rest: list[str]) -> None:
     recipe = load_recipe(others[0], overrides)
     out = Path(ours.get("--out") or Path("runs") / str(recipe.get("name") or Path(others[0]).stem))
     run_recipe(recipe, out, others[0])
+
+
+def _plan(rest: list[str]) -> None:
+    import json
+
+    from ..config import parse_overrides
+    from .options_plan import Plan
+
+    if not rest or {"-h", "--help"} & set(rest):
+        from ..config import describe
+
+        usage = "stepladder plan RECIPE.yaml --gpus 8x80GB [--nodes N]"
+        print(describe(Plan, "stepladder plan").replace("stepladder plan --config FILE", usage, 1))
+        return
+    if rest[0].startswith("-") or "=" in rest[0]:
+        raise UserError("stepladder plan needs a recipe first: stepladder plan RECIPE.yaml --gpus 8x80GB [--nodes N]")
+    from ..config import build
+    from .pipeline import load_recipe
+
+    # Options are the command's own; everything else is an override of the recipe, as `stepladder run` takes it.
+    names = {field.name for field in dataclasses.fields(Plan)}
+    values = {key.replace("-", "_"): value for key, value in parse_overrides(rest[1:]).items()}
+    given = build(Plan, {key: value for key, value in values.items() if key in names}, "stepladder plan")
+    recipe = load_recipe(rest[0], {key: value for key, value in values.items() if key not in names})
+    from .plan import plan_json, plan_text
+
+    print(json.dumps(plan_json(recipe, rest[0], given), indent=1) if given.json else plan_text(recipe, rest[0], given))
 
 
 def _quickstart(rest: list[str]) -> None:

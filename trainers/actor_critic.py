@@ -13,6 +13,7 @@ from ..models.engine import Request, Sample, Sampling
 from ..models.transformers_engine import TransformersEngine
 from . import rl_math
 from .common import plain_class
+from .forward import takes_positions
 
 
 class ActorCritic(torch.nn.Module):
@@ -36,23 +37,49 @@ class ActorCritic(torch.nn.Module):
                 module.attention_dropout = 0.0
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, temperature: float = 1.0, reference: bool = False
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        temperature: float = 1.0,
+        reference: bool = False,
+        mask: torch.Tensor | None = None,
+        entropy: bool = True,
     ) -> dict[str, torch.Tensor]:
-        """logp, entropy and, with a critic, values, all [B, S-1] in action coordinates; with `reference` ref_logp too."""
+        """logp, with `entropy` entropy, with a critic values, all [B, S-1] in action coordinates; with `reference` ref_logp too.
+
+        `mask` [B, S-1] says where they are needed: logits are computed in its columns alone, and what stands outside of it is 0.
+        """
+        if mask is None:
+            mask = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        logits = self.policy(**inputs).logits
-        found = {
-            "logp": rl_math.token_logprobs(logits, input_ids, temperature),
-            "entropy": rl_math.token_entropy(logits, temperature),
-        }
+        found = self._read(self.policy, inputs, mask, temperature, ("logp", "entropy" if entropy else ""))
         if self.critic is not None:
             found["values"] = (
                 self.critic(**inputs).logits.float().squeeze(-1)[:, :-1]
             )  # of the state before each action
         if reference:
             with torch.no_grad(), self.reference_policy() as model:
-                found["ref_logp"] = rl_math.token_logprobs(model(**inputs).logits, input_ids, temperature)
+                found |= self._read(model, inputs, mask, temperature, ("ref_logp", ""))
         return found
+
+    def _read(
+        self, model: Any, inputs: dict[str, Any], mask: torch.Tensor, temperature: float, names: tuple[str, str]
+    ) -> dict[str, torch.Tensor]:
+        """Log-probabilities, and entropies where they have a name, [B, S-1]; 0 where `mask` is False."""
+        columns = mask.any(0).nonzero().squeeze(-1)
+        if not len(columns):  # a model must run in every process, whatever is trained in its share
+            columns = columns.new_zeros(1)
+        if takes_positions(model):
+            logits = model(**inputs, logits_to_keep=columns).logits
+        else:
+            logits = model(**inputs).logits[:, columns]
+        ids = inputs["input_ids"][:, 1:][mask]
+        made = rl_math.logprobs_and_entropy(logits[mask[:, columns]], ids, temperature, entropy=bool(names[1]))
+        return {
+            name: torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+            for name, values in zip(names, made, strict=True)
+            if values is not None
+        }
 
     @contextlib.contextmanager
     def reference_policy(self) -> Iterator[Any]:

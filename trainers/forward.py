@@ -6,6 +6,7 @@ With a large vocabulary the logits of a long prompt cost more memory than the re
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,3 +47,78 @@ def answer_logprobs(model: Any, batch: dict[str, torch.Tensor], *, pick: bool) -
     logits, labels, _ = trained_logits(model, batch, pick=pick)
     nats, mask = losses.aligned_cross_entropy(logits, labels)
     return -nats.sum(1), mask.sum(1)
+
+
+# --- two continuations of one prefix in one row -------------------------------------------------------------------------
+
+
+def fork(pairs: Sequence[tuple[Sequence[Sequence[int]], int]], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch in which each prefix stands once, with both of its continuations behind it.
+
+    A pair is (ids of both sides, tokens that they share). Columns are [prefixes | first sides | second sides], prefixes padded on
+    the left and sides on the right, so that all that is trained lies in the same columns; positions are those that a side would
+    have alone. All [B, S]: `input_ids`, `position_ids`, `labels` (-100 on prefixes and padding), `attention_mask` (where there is a
+    token) and `branch` (0, 1, 2: prefix, first, second).
+    """
+    widths = [
+        max(max((start, len(sides[0]) - start, len(sides[1]) - start)[k] for sides, start in pairs), 1)
+        for k in range(3)
+    ]
+    shape = (len(pairs), sum(widths))
+    batch = {"input_ids": torch.full(shape, pad_id), "position_ids": torch.zeros(shape, dtype=torch.long)}
+    batch["labels"] = torch.full(shape, -100)
+    batch["attention_mask"] = torch.zeros(shape, dtype=torch.long)
+    batch["branch"] = torch.repeat_interleave(torch.arange(3), torch.tensor(widths)).expand(shape).clone()
+    for row, (sides, start) in enumerate(pairs):
+        here = widths[0] - start
+        parts = [(here, sides[0][:start], 0, False)]
+        parts += [(widths[0], sides[0][start:], start, True), (widths[0] + widths[1], sides[1][start:], start, True)]
+        for column, ids, position, trained in parts:
+            place = slice(column, column + len(ids))
+            batch["input_ids"][row, place] = torch.tensor(ids, dtype=torch.long)
+            batch["position_ids"][row, place] = torch.arange(position, position + len(ids))
+            batch["attention_mask"][row, place] = 1
+            if trained:
+                batch["labels"][row, place] = batch["input_ids"][row, place]
+    return batch
+
+
+def fork_mask(present: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+    """Which token attends to which [B, 1, S, S]: to what stands before it in the prefix and on its own side.
+
+    Padding attends to itself: a row of a softmax that may attend to nothing is NaN, and NaN times 0 is NaN again.
+    """
+    size = present.shape[1]
+    before = torch.ones(size, size, dtype=torch.bool, device=present.device).tril()
+    own = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    seen = before & own & present.bool()[:, None, :]
+    return (seen | torch.eye(size, dtype=torch.bool, device=present.device))[:, None]
+
+
+def fork_logprobs(model: Any, batch: dict[str, torch.Tensor], *, pick: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log-probabilities [B, 2] of both sides in nats, summed over their tokens; numbers of tokens [B, 2]) of a forked batch.
+
+    The last token of the prefix predicts the first of both sides.
+    """
+    branch = batch["branch"][0]
+    prefix, first, second = (int((branch == side).sum()) for side in range(3))
+    columns = torch.arange(prefix - 1, len(branch), device=branch.device)
+    inputs: dict[str, torch.Tensor] = {
+        "input_ids": batch["input_ids"],
+        "attention_mask": fork_mask(batch["attention_mask"], batch["branch"]),
+        "position_ids": batch["position_ids"],
+    }
+    if pick:
+        inputs["logits_to_keep"] = columns
+    logits = model(**inputs, use_cache=False).logits
+    logits = logits if pick else logits[:, columns]
+    place = columns - columns[0]
+    reads = torch.cat([place[:first], place[:1], place[first + 1 : first + second]])  # which logits predict which label
+    labels = batch["labels"][:, prefix:]
+    rows, at = (labels != -100).nonzero(as_tuple=True)
+    nats = torch.nn.functional.cross_entropy(logits[rows, reads[at]].float(), labels[rows, at], reduction="none")
+    side = (branch[prefix:] == 2).long()
+    index = 2 * rows + side[at]
+    found = nats.new_zeros(2 * len(labels)).index_add(0, index, -nats)
+    tokens = torch.zeros_like(found, dtype=torch.long).index_add(0, index, torch.ones_like(index))
+    return found.view(-1, 2), tokens.view(-1, 2)

@@ -190,7 +190,11 @@ class PolicyTrainer(StepladderTrainer):
         for rows in pieces:
             micro = cut(batch, rows)
             out = self.model_wrapped(
-                micro["input_ids"], micro["attention_mask"], self.args.temperature, reference=self.args.reference
+                micro["input_ids"],
+                micro["attention_mask"],
+                self.args.temperature,
+                reference=self.args.reference,
+                mask=micro["response"],
             )
             for name, values in out.items():
                 name = {"logp": "old_logp"}.get(name, name)
@@ -210,8 +214,12 @@ class PolicyTrainer(StepladderTrainer):
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         args, mask = self.args, batch["mask"]
         out = model(
-            batch["input_ids"], batch["attention_mask"], args.temperature,
-        )  # fmt: skip
+            batch["input_ids"],
+            batch["attention_mask"],
+            args.temperature,
+            mask=batch["response"],
+            entropy=bool(args.entropy_coefficient),
+        )
         log_rho = rl_math.log_ratio(
             out["logp"], batch["old_logp"], mask, "sequence" if args.policy_loss == "gspo" else "token"
         )

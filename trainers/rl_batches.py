@@ -30,8 +30,11 @@ def problems_of(rollout: int, count: int, of: int, seed: int) -> list[int]:
 def layout(
     rollouts: Sequence[earned.Rollout], rewards: Sequence[earned.Reward], pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """Tensors of responses, one row each, padded on the right: ids and attention mask [N, S]; mask, engine_logp, outcome,
-    step_rewards and own [N, S-1] in action coordinates; and `width`, the columns of each row that hold something."""
+    """Tensors of responses, one row each, padded on the right: ids and attention mask [N, S]; mask, response, engine_logp,
+    outcome, step_rewards and own [N, S-1] in action coordinates; and `width`, the columns of each row that hold something.
+
+    `response` is the mask before anything is left out of the loss.
+    """
     widths = [len(r.prompt_ids) + len(r.ids) for r in rollouts]
     n, s = len(rollouts), max(widths)
     ids = torch.full((n, s), pad_id)
@@ -51,7 +54,8 @@ def layout(
     attention = (torch.arange(s) < torch.tensor(widths)[:, None]).long()
     kept = torch.tensor([not r.truncated for r in rollouts])
     return {
-        "input_ids": ids, "attention_mask": attention, "mask": mask, "width": torch.tensor(widths), "finished": kept, **batch,
+        "input_ids": ids, "attention_mask": attention, "mask": mask, "response": mask.clone(), "width": torch.tensor(widths),
+        "finished": kept, **batch,
     }  # fmt: skip
 
 

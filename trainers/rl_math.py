@@ -14,16 +14,17 @@ REDUCTIONS = ("sequence", "token", "constant", "sum", "micro_batch")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
-def token_logprobs(logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities [B, S-1] in nats of ids[:, 1:] under softmax(logits[:, :-1] / temperature)."""
-    scaled = _full(logits[:, :-1]) / temperature
-    return scaled.gather(-1, ids[:, 1:, None]).squeeze(-1) - scaled.logsumexp(-1)
+def logprobs_and_entropy(
+    logits: torch.Tensor, ids: torch.Tensor, temperature: float = 1.0, *, entropy: bool = True
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(log-probability [N] in nats of each id under its row of softmax(logits [N, V] / temperature), that row's entropy [N]).
 
-
-def token_entropy(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Entropy [B, S-1] in nats of softmax(logits[:, :-1] / temperature): H = log sum e^z - sum p z, over the whole vocabulary."""
-    scaled = _full(logits[:, :-1]) / temperature
-    return scaled.logsumexp(-1) - (scaled.softmax(-1) * scaled).sum(-1)
+    H = log sum e^z - sum p z, over the whole vocabulary; without `entropy` it is None and costs nothing.
+    """
+    scaled = _full(logits) / temperature
+    total = scaled.logsumexp(-1)
+    found = scaled.gather(-1, ids[:, None]).squeeze(-1) - total
+    return found, total - ((scaled - total[:, None]).exp() * scaled).sum(-1) if entropy else None
 
 
 def _full(logits: torch.Tensor) -> torch.Tensor:

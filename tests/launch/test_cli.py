@@ -41,7 +41,7 @@ assert not heavy, heavy
 @pytest.mark.parametrize(
     "arguments",
     [["--help"], [], ["--version"], ["data"], ["train", "--help"], ["data", "solutions", "--help"], ["search", "beam", "-h"],
-     ["quickstart", "--help"], ["run", "--help"], ["solve", "--help"],
+     ["quickstart", "--help"], ["run", "--help"], ["plan", "--help"], ["solve", "--help"],
      ["serve", "--help"], ["export", "--help"], ["import-reward", "-h"]],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:

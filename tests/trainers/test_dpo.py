@@ -16,7 +16,17 @@ from stepladder.data_gen.store import write_rows
 from stepladder.models.step_format import StepFormat
 from stepladder.trainers import losses
 from stepladder.trainers.common import Examples, start_model
-from stepladder.trainers.dpo import REFERENCE, DPOArguments, DPOTrainer, Reference, collate, pair_example
+from stepladder.trainers.dpo import (
+    REFERENCE,
+    DPOArguments,
+    DPOTrainer,
+    Reference,
+    collate,
+    collate_forked,
+    forking_saves,
+    pair_example,
+)
+from stepladder.trainers.forward import answer_logprobs, fork_logprobs, fork_mask
 from stepladder.trainers.sft import dialogue_example
 
 
@@ -180,13 +190,14 @@ def items_of(rows: Any, tokenizer: Any, count: int = 8, **over: Any) -> list[dic
     return [item for item in made if item is not None]
 
 
+@pytest.mark.parametrize("make", [collate, collate_forked])
 @pytest.mark.parametrize("over", [{}, {"visit_smoothing": True}, {"loss": "ipo"}, {"sft_weight": 0.5}])
-def test_the_loss_of_a_batch_by_hand(trainer, rows, lab_words, over):
+def test_the_loss_of_a_batch_by_hand(trainer, rows, lab_words, over, make):
     items = items_of(rows, lab_words, **over)
     for item, reference in zip(items, draw(7, 2 * len(items)).reshape(-1, 2).tolist(), strict=True):
         item["reference"] = [10 * value - 60 for value in reference]
     made = trainer(items, **over)
-    found = made.compute_loss(made.model, collate(items, 0)).item()
+    found = made.compute_loss(made.model, make(items, 0)).item()
     want = 0.0
     for item in items:
         # Each side alone, without padding; sums over its tokens, nothing of prompt and prefix.
@@ -218,6 +229,104 @@ def test_logits_are_computed_where_something_is_trained_and_nowhere_else(trainer
     assert shapes == [trained, batch["input_ids"].shape[2]]
     assert shapes[0] < shapes[1]
     assert tokens.tolist() == [[len(ids) - item["start"] for ids in item["input_ids"]] for item in items]
+
+
+# --- prefixes that are read once ----------------------------------------------------------------------------------------
+
+
+PAIRS = [  # ids of both sides, tokens that they share: prefixes and sides of all lengths, one prefix of a single token
+    ([[1, 5, 6, 7, 8, 9], [1, 5, 6, 7, 4]], 4),
+    ([[1, 9], [1, 8, 8, 8, 7]], 1),
+    ([[1, 5, 6, 7, 8, 9, 3, 3, 3, 2, 4, 4], [1, 5, 6, 7, 8, 9, 3, 3, 3, 5]], 9),
+    ([[1, 4, 4, 2], [1, 4, 4, 3]], 3),
+]
+
+
+def both_ways(model: Any, pairs: list[Any]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    items = [{"input_ids": ids, "start": start, "smoothing": 0.0} for ids, start in pairs]
+    twice = collate(items, 0)
+    flat = {name: twice[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask")}
+    values, tokens = answer_logprobs(model, flat, pick=True)
+    return [(values.view(-1, 2), tokens.view(-1, 2)), fork_logprobs(model, collate_forked(items, 0), pick=True)]
+
+
+def test_a_prefix_read_once_gives_the_same_log_probabilities_and_gradients(lab_words, tiny_policy):
+    model = tiny_policy(lab_words).double()
+    gradients = []
+    for values, tokens in both_ways(model, PAIRS):
+        assert tokens.tolist() == [[2, 1], [1, 4], [3, 1], [1, 1]]
+        weights = torch.arange(1.0, 9.0, dtype=torch.float64).view(4, 2)
+        (weights * values).sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    (twice, _), (once, _) = both_ways(model, PAIRS)
+    torch.testing.assert_close(once, twice, rtol=1e-6, atol=1e-6)  # sums over tokens are in float32
+    for found, want in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_no_side_sees_the_other_and_no_row_another(lab_words, tiny_policy):
+    model = tiny_policy(lab_words)
+    _, (before, _) = both_ways(model, PAIRS)
+    changed = [([PAIRS[0][0][0], [1, 5, 6, 7, 9, 9, 9]], 4), *PAIRS[1:]]
+    _, (after, _) = both_ways(model, changed)
+    torch.testing.assert_close(after[0, 0], before[0, 0])
+    torch.testing.assert_close(after[1:], before[1:])
+    assert abs(after[0, 1] - before[0, 1]) > 0.1
+
+
+def test_fewer_tokens_are_read_and_logits_computed_at_the_answers_alone(lab_words, tiny_policy):
+    model, shapes = tiny_policy(lab_words), []
+    items = [{"input_ids": ids, "start": start, "smoothing": 0.0} for ids, start in PAIRS]
+    batch = collate_forked(items, 0)
+    handle = model.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[1]))
+    fork_logprobs(model, batch, pick=True)
+    handle.remove()
+    assert batch["input_ids"].shape == (4, 9 + 3 + 4)  # longest prefix, longest first side, longest second
+    assert shapes == [3 + 4 + 1]  # the last token of the prefix predicts the first of both
+    assert batch["attention_mask"].sum() == sum(start + sum(len(i) - start for i in ids) for ids, start in PAIRS)
+
+
+def test_masks_by_enumeration():
+    batch = collate_forked([{"input_ids": ids, "start": start, "smoothing": 0.0} for ids, start in PAIRS], 0)
+    mask = fork_mask(batch["attention_mask"], batch["branch"])[:, 0]
+    for row in range(4):
+        for i in range(16):
+            for j in range(16):
+                bi, bj = batch["branch"][row, i].item(), batch["branch"][row, j].item()
+                sees = j <= i and bj in (0, bi) and bool(batch["attention_mask"][row, j])
+                assert mask[row, i, j].item() == (sees or i == j)
+
+
+@pytest.mark.parametrize(
+    ("start", "sides", "width", "saves"),
+    [(100, 20, 64, True), (10, 200, 64, False), (10, 40, 4096, True), (50, 60, 16, True), (50, 61, 16, False)],
+)
+def test_sharing_pays_for_long_prefixes_and_short_sides(start, sides, width, saves):
+    """At the border: 6 * 16 * 50 + 50^2 = 7300 against 2 * 60^2 = 7200 and 2 * 61^2 = 7442."""
+    assert forking_saves([{"input_ids": [[0] * (start + sides)] * 2, "start": start}], width) is saves
+
+
+@pytest.mark.parametrize("told", [None, True])
+def test_a_model_that_cannot_share_reads_prefixes_twice_or_says_so(told, settings, train, rows, monkeypatch, capsys):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def refusing(self: Any, *args: Any, attention_mask: Any = None, **options: Any) -> Any:
+        if attention_mask is not None and attention_mask.dim() == 4:
+            attention_mask = None  # as a model that makes its own mask of everything would
+        return forward(self, *args, attention_mask=attention_mask, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", refusing)
+    values = settings("dpo", rows.some("dpo", 12), max_steps=1, **({"share_prefix": told} if told else {}))
+    if told:
+        with pytest.raises(UserError, match="share_prefix: this model cannot read a prefix once"):
+            train("dpo", values)
+        return
+    monkeypatch.setattr("stepladder.trainers.dpo.forking_saves", lambda *_: True)
+    train("dpo", values)
+    assert "whose prefixes are read twice: log-probabilities of a token differ" in capsys.readouterr().out
 
 
 def test_the_loss_is_that_of_trl_on_whole_solutions(tmp_path, trainer, rows, lab_words, tiny_policy):

@@ -104,6 +104,37 @@ def test_a_value_is_of_the_state_before_its_action(tiny_policy: Any, tiny_scorer
     assert (a["logp"] - a["ref_logp"]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("picks", [True, False])
+def test_logits_are_computed_at_responses_alone_and_nothing_changes(
+    tiny_policy: Any, tiny_scorer: Any, lab_words: Any, monkeypatch: pytest.MonkeyPatch, picks: bool
+) -> None:
+    monkeypatch.setattr("stepladder.trainers.actor_critic.takes_positions", lambda model: picks)
+    model = ActorCritic(tiny_policy(lab_words), tiny_scorer(lab_words), tiny_policy(lab_words, seed=1)).double()
+    ids = torch.randint(3, 20, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[0, 3:6], mask[1, 4:8], mask[2, 4:5] = True, True, True
+    weights = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    shapes: list[int] = []
+    model.policy.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(out.shape[1]))
+    found, gradients = [], []
+    for where in (None, mask):
+        out = model(ids, torch.ones_like(ids), 0.7, reference=True, mask=where)
+        found.append(out)
+        sum((weights * torch.where(mask, out[name], 0.0)).sum() for name in ("logp", "entropy", "values")).backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert shapes == [8 if picks else 9, 5 if picks else 9]
+    for name in ("logp", "entropy", "ref_logp"):
+        torch.testing.assert_close(found[1][name], torch.where(mask, found[0][name], 0.0))
+    torch.testing.assert_close(found[0]["values"], found[1]["values"])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    assert "entropy" not in model(ids, torch.ones_like(ids), mask=mask, entropy=False)
+    nothing = model(ids, torch.ones_like(ids), mask=torch.zeros_like(mask))  # a share without a response
+    nothing["logp"].sum().backward()
+    assert not nothing["logp"].any()
+
+
 def test_problems_come_in_shuffled_passes_without_end() -> None:
     seen = [index for k in range(7) for index in rl_batches.problems_of(k, 4, 7, seed=3)]
     for turn in range(4):

@@ -44,18 +44,20 @@ def assert_gradient(function: Callable[[torch.Tensor], torch.Tensor], at: torch.
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropy_are_of_the_next_token(temperature: float) -> None:
-    logits, ids = draw(2, 4, 5), torch.tensor([[0, 3, 1, 4], [2, 2, 0, 1]])
-    logp = rl_math.token_logprobs(logits, ids, temperature)
-    entropy = rl_math.token_entropy(logits, temperature)
-    assert logp.shape == entropy.shape == (2, 3)
-    for b in range(2):
-        for t in range(3):
-            weights = [math.exp(z / temperature) for z in logits[b, t].tolist()]
-            p = [w / sum(weights) for w in weights]
-            assert logp[b, t].item() == pytest.approx(math.log(p[ids[b, t + 1]]), abs=1e-6)
-            assert entropy[b, t].item() == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-6)
-    assert_gradient(lambda z: rl_math.token_entropy(z, temperature).sum(), draw(1, 2, 3, seed=4))
+def test_logprobs_and_entropy_by_hand(temperature: float) -> None:
+    logits, ids = draw(6, 5), torch.tensor([0, 3, 1, 4, 2, 2])
+    logp, entropy = rl_math.logprobs_and_entropy(logits, ids, temperature)
+    assert entropy is not None
+    for n in range(6):
+        weights = [math.exp(z / temperature) for z in logits[n].tolist()]
+        p = [w / sum(weights) for w in weights]
+        assert logp[n].item() == pytest.approx(math.log(p[ids[n]]), abs=1e-6)
+        assert entropy[n].item() == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-6)
+    assert_gradient(lambda z: rl_math.logprobs_and_entropy(z, ids[:2], temperature)[0].sum(), draw(2, 5, seed=3))
+    assert_gradient(lambda z: rl_math.logprobs_and_entropy(z, ids[:2], temperature)[1].sum(), draw(2, 5, seed=4))
+    alone, nothing = rl_math.logprobs_and_entropy(logits, ids, temperature, entropy=False)
+    assert nothing is None
+    assert torch.equal(alone, logp)
 
 
 def test_masked_mean_never_sees_what_is_masked() -> None:
