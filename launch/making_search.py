@@ -114,7 +114,7 @@ class Loaded:
 
     def forget(self) -> None:
         """Empties the caches."""
-        engines = [pair[0] for pair in (self.policy, self.critic, *self.refiners.values()) if pair]
+        engines: list[Any] = [pair[0] for pair in (self.policy, self.critic, *self.refiners.values()) if pair]
         for model in (*engines, *self.rewards.values(), self.locator):
             if getattr(model, "cache", None) is not None:
                 model.cache = PrefixCache()
@@ -195,9 +195,7 @@ def _refining(
     return RefinementPolicy(*arguments, wording=config.words(), refiners=(refiners[0], refiners[1]), locator=locator)
 
 
-def _others(
-    policy: StepPolicy, engine: Engine, reward: RewardModel | None, prover: RewardModel | None
-) -> list[Any]:
+def _others(policy: StepPolicy, engine: Engine, reward: RewardModel | None, prover: RewardModel | None) -> list[Any]:
     """The models beside the policy's engine that a search pays for, each once."""
     asked = [getattr(policy, "critic", None), *getattr(policy, "refiners", ())]
     found = [reward, prover, getattr(getattr(policy, "locate", None), "reward", None)]

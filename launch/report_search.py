@@ -120,7 +120,9 @@ def levels_section(records: Sequence[Record], details: Mapping[str, Any]) -> str
         return ""
     arms = list(dict.fromkeys(arm for arm, _ in found))
     counts = {level: next(r["n"] for (_, m), r in found.items() if m.endswith(f"_{level}")) for level in levels}
-    rows = [[page.text(arm), *(page.cell(found.get((arm, f"accuracy_level_{level}"))) for level in levels)] for arm in arms]
+    rows = [
+        [page.text(arm), *(page.cell(found.get((arm, f"accuracy_level_{level}"))) for level in levels)] for arm in arms
+    ]
     heads = [f"level {level} (n = {counts[level]})" for level in levels]
     caption = "Levels are quantiles of the share of right samples (oracle), 1 the easiest. Weighted vote."
     parts = [page.table("Accuracy by level, %", [("", heads)], rows, caption)]
