@@ -314,6 +314,8 @@ def test_a_silent_server_does_not_hold_up_the_end_of_the_process(server: Any, la
 
     served = server(trouble=trouble)
     script = (
+        # A shell that started the tests in the background has left the signal ignored.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from stepladder.models.engine import Request, Sampling\n"
         "from stepladder.models.openai_engine import OpenAIEngine\n"
         "class Tokenizer:\n"
@@ -329,7 +331,7 @@ def test_a_silent_server_does_not_hold_up_the_end_of_the_process(server: Any, la
     )
     try:
         for _ in range(2400):
-            if served.posts == 4:  # one alone, then the other three at once
+            if served.posts >= 4:  # one alone, then the other three at once
                 break
             assert process.poll() is None
             time.sleep(0.05)
