@@ -89,7 +89,7 @@ def jsonl(path: Path, lines: Sequence[str]) -> Path:
         (["run", QUICKSTART, "solutions.do=data.solution"], "did you mean data.solutions?"),
         (["run", QUICKSTART, "solutions=3"], "stage solutions: do is missing"),
         (["run", QUICKSTART, "base_beam.width=20"], "1 <= width <= beams must hold, found width 20 and beams 16"),
-        (["run", QUICKSTART, "prm.labels=sotf"], "labels must be one of hard, soft, threshold, found 'sotf'"),
+        (["run", QUICKSTART, "prm.labels=sotf"], "labels must be one of hard, soft, threshold, td, found 'sotf'"),
         (["run", QUICKSTART, "orm.learning_rat=1"], "stage orm: unknown key 'learning_rat'; did you mean learning_rate?"),
         (["quickstart", "here"], "expected --key value or key=value, found 'here'"),
         (["quickstrat"], "stepladder: unknown command 'quickstrat'; did you mean quickstart?"),

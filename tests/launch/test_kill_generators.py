@@ -22,6 +22,7 @@ policy: {do: model.copy, source: lab, correction_words: true}
 solutions: {do: data.solutions, policy: "@policy", samples: 3}
 critiques: {do: data.critiques, solutions: "@solutions", rg2: 1, rg3: 1, corrupt: 0.3}
 labels: {do: data.step_labels, policy: "@policy", solutions: "@solutions", rollouts: 2, limit: 4}
+refined: {do: data.refinements, policy: "@policy", critiques: "@critiques", repair: true}
 rewards: {do: train.prm, model: "@policy", rows: "@labels", max_steps: 1, per_device_train_batch_size: 8, use_cpu: true}
 """
 SOLUTIONS, CRITIQUES = {"solutions": "run/solutions"}, {"critiques": "run/critiques"}
@@ -38,6 +39,8 @@ GENERATORS: dict[str, dict[str, Any]] = {
     # Written by rule, in no time: more of them, or the kill would come too late.
     "data.critiques": {**SOLUTIONS, "rg2": 1, "rg3": 1, "corrupt": 0.3, "wording": "lab", "limit": 12},
     "data.refinements": {**CRITIQUES, "samples": 2, "wording": "lab"},
+    "data.local_refinements": {"labels": "run/labels", "samples": 4, "wording": "lab"},
+    "data.self_talk": {"refinements": "run/refined", "template": "{draft}\n{refinement}"},
     "data.rise": {"best_of": 2, "wording": "lab"},
     "data.inline_corrections": {**SOLUTIONS, "positions": 0},
     "search.run": {"strategy": "beam", "settings": {"beams": 4, "width": 2}, "reward": "run/rewards", "split": "train"},

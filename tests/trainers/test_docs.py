@@ -58,6 +58,7 @@ def test_every_option_is_in_the_page_with_its_default(kind, config):
         if field.name in own:
             assert field.name in rows, f"docs/{kind}.md says nothing of {field.name}"
             default = field.default if field.default is not dataclasses.MISSING else ""
+            default = "null" if default is None else default
             shown = str(default).lower() if isinstance(default, bool) else str(default).replace("\n", '"\\n"')
             assert rows[field.name].split("|")[2].strip(" `").replace('""', "") == shown
 
