@@ -116,7 +116,7 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
 
     if not config.arms:
         raise UserError("arms is missing: name -> strategy, settings, budgets")
-    if any(arm.strategy not in UNGUIDED for arm in config.arms.values()):
+    if config.simulated is None and any(arm.strategy not in UNGUIDED for arm in config.arms.values()):
         required(config, "reward")
     searches = config.searches()
     task = load_task(config.task)
@@ -169,6 +169,12 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
             at = {name: within(runs, name, rule, allowed) for name in config.arms}
             at[reference] = base
             found = {name: run for name, run in at.items() if run is not None}
+            # An arm that is dearer at its least budget is told, as undefined, and not left out.
+            records += [
+                record(f"{rule}/{name}~{budget}", MATCHED, math.nan, len(ids), config.seed)
+                for name in config.arms
+                if name not in found
+            ]
             for name, run in found.items():
                 arm = f"{rule}/{name}~{budget}"
                 add(arm, MATCHED, run.values[rule], run.ledgers[rule])
@@ -202,9 +208,8 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     if law:
         n = len(ids)
         records += [
-            record(f"pass/{pool}", f"coverage_law_{key}", law["law"][key], n, config.seed)
+            record(f"pass/{pool}", f"coverage_law_{key}", law["law"].get(key, math.nan), n, config.seed)
             for key in ("a", "b", "rmse", "r2")
-            if law["law"]
         ]
         for k, by_luck in zip(law["k"], law["chance"], strict=True):
             if (pool, k) in runs:
@@ -386,7 +391,7 @@ def _easiness(
     """How easy each problem is: by its share of right samples, and by the mean score, which needs no reference answer."""
     samples = pools[pool, config.budgets_of(config.arms[pool])[-1]]
     easy = {"oracle": {i: sum(p.right) / len(p.right) for i, p in samples.items()}}
-    if config.reward:
+    if config.reward or config.simulated is not None:
         easy["predicted"] = {i: sum(p.scores) / len(p.scores) for i, p in samples.items()}
     return easy
 

@@ -10,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..basics import canonical_json, write_atomic, write_json
+from ..basics import UserError, canonical_json, write_atomic, write_json
 from ..data_gen.rows import Solution, Source
 from ..data_gen.searched import SEARCH_FILE, found_solutions, search_record
 from ..data_gen.store import Shard, UnitResult, make_rows
 from ..models.engine import Engine, Sampling, StopReason
 from ..models.prefix_cache import PrefixCache
 from ..models.reward import RewardModel
+from ..models.simulated import SimulatedReward
 from ..models.step_format import StepFormat
 from ..search.adapters import CorrectionPolicy, EffectiveScorer, RevisionPolicy, RewardScorer, StepPolicy
 from ..search.base import Scorer
-from ..tasks.base import Problem, Task
+from ..tasks.base import Problem, StepChecker, Task
 from . import options_search
 from .making import _check_words, _finish, _policy, _problems, _sampling, tell_cut_steps
 from .options import chunks, required
@@ -37,7 +38,7 @@ def make_beam(config: options_search.Beam, out: Path) -> bool:
 
 def make_search(config: options_search.Search, out: Path, loaded: Loaded | None = None) -> bool:
     """Finished solutions of a search, and a record of each search. Searches after each other may share `loaded` models."""
-    if config.strategy not in UNGUIDED:
+    if config.strategy not in UNGUIDED and config.simulated is None:
         required(config, "reward")
     task, problems = _problems(config)
     units = list(enumerate(chunks(problems, config.unit_problems)))
@@ -89,7 +90,7 @@ class Loaded:
     """Models that several searches share, one after another. Each begins with empty caches, so that it pays its own cost."""
 
     policy: tuple[Engine, StepFormat] | None = None
-    reward: RewardModel | None = None
+    reward: RewardModel | SimulatedReward | None = None
     critic: tuple[Engine, StepFormat] | None = None
 
     def forget(self) -> None:
@@ -101,12 +102,16 @@ class Loaded:
 
 def searchers(
     config: options_search.Search, task: Task, problems: Sequence[Problem] = (), loaded: Loaded | None = None
-) -> tuple[Engine, RewardModel | None, StepPolicy, Scorer]:
+) -> tuple[Engine, RewardModel | SimulatedReward | None, StepPolicy, Scorer]:
     """Engine, reward model (None without one), and what a search speaks to; prefixes are kept by both models."""
     loaded = loaded or Loaded()
     if loaded.policy is None:
         loaded.policy = _policy(config, task, keep_prefixes=True)
         _check_words(config.policy, *loaded.policy, [problem.prompt for problem in problems])
+    if loaded.reward is None and config.simulated is not None:
+        if not isinstance(task, StepChecker):
+            raise UserError(f"task {task.name} has no exact step checker: a simulated reward model needs one")
+        loaded.reward = SimulatedReward(config.simulated, task, {p.prompt: p for p in problems}, config.seed)
     if loaded.reward is None and config.reward:
         loaded.reward = RewardModel.load(config.reward, dtype=config.reward_dtype, keep_prefixes=True)
     if loaded.critic is None and config.strategy == "corrections" and config.critic not in ("", "self"):
@@ -142,13 +147,14 @@ def _critic_engine(policy: StepPolicy, engine: Engine) -> Engine | None:
     return critic.engine if critic is not None and critic.engine is not engine else None
 
 
-def _about(config: options_search.Search, engine: Any, reward: RewardModel | None) -> dict[str, Any]:
+def _about(config: options_search.Search, engine: Any, reward: RewardModel | SimulatedReward | None) -> dict[str, Any]:
     """What the results of a search do not say themselves."""
     aggregation = config.aggregation or (reward.step_format.aggregation if reward is not None else "")
     return {
         "strategy": config.strategy,
         "settings": config.settings,
         **({"critic": config.critic, "wording": config.wording} if config.strategy == "corrections" else {}),
+        **({"simulated": dataclasses.asdict(config.simulated)} if config.simulated is not None else {}),
         "aggregation": aggregation,
         "alpha": config.alpha,
         "prover_k": config.prover_k,
