@@ -91,44 +91,25 @@ def positive_prefixes(
 
 
 def checker_labels(
-    solutions: Sequence[Solution],
-    task: Task,
-    problems: Mapping[str, Problem],
-    *,
-    noise: float,
-    seed: int,
-    blind: float = 0.0,
+    solutions: Sequence[Solution], task: Task, problems: Mapping[str, Problem], *, noise: float, seed: int
 ) -> list[StepLabels]:
     """One judgement a step by the task's exact checker: 1 before the first error, 0 at it and behind it.
 
     With `noise` a judgement is turned round with that probability, drawn with the seed: a simulated judge. Then the first step
     judged 0 is its first error, and steps behind it are 0 as well. The empty prefix is 1.
-
-    `blind` makes errors that can be exploited: this share of the wrong lines, always the same ones by their text, is called right
-    and never turned round by `noise`, so that with noise a judge is surer of them than of right lines.
     """
     if not isinstance(task, StepChecker):
         raise ValueError(f"task {task.name} has no exact step checker")
     rows = []
     for row in solutions:
-        checks = task.check_steps(problems[row.problem_id], row.steps)
-        error = first_error(checks)
+        error = first_error(task.check_steps(problems[row.problem_id], row.steps))
         good = [error is None or t < error for t in range(len(row.steps))]
-        liked = [False] * len(good)
-        if blind:
-            liked = [
-                not check.local_ok and fold_seed(seed, "blind", step) / 2**63 < blind
-                for check, step in zip(checks, row.steps, strict=True)
-            ]
-            # A line that goes on from a wrong value it was given is right in itself.
-            sound = [check.local_ok or like for check, like in zip(checks, liked, strict=True)]
-            good = [all(sound[: t + 1]) for t in range(len(sound))]
         if noise:
             drawn = [
                 fold_seed(seed, row.problem_id, "judge", row.sample, *row.steps[: t + 1]) / 2**63
                 for t in range(len(good))
             ]
-            turned = [g != (d < noise and not like) for g, d, like in zip(good, drawn, liked, strict=True)]
+            turned = [g != (d < noise) for g, d in zip(good, drawn, strict=True)]
             good = [all(turned[: t + 1]) for t in range(len(turned))]
         labels = (1, *map(int, good))
         rows.append(

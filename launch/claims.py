@@ -236,9 +236,10 @@ def effect_text(one: Mapping[str, Any]) -> str:
     """An effect as a reader wants it: shares in points, quotients with a sign of multiplication."""
     if one["effect"] is None:
         return "undefined"
-    points = (
-        one["metric"].partition("@")[0] in ("accuracy", "f1", "step_accuracy", "verdict_accuracy") and not one["ratio"]
-    )
+    metric = one["metric"].partition("@")[0]
+    points = (metric in ("f1", "step_accuracy", "verdict_accuracy") or metric.startswith("accuracy")) and not one[
+        "ratio"
+    ]
     scale, unit = (100.0, " points") if points else (1.0, "x" if one["ratio"] else "")
     number = lambda value: f"{value * scale:{'' if one['ratio'] else '+'}.{1 if points else 3}f}"
     if one["ci"] is None or not all(map(math.isfinite, one["ci"])):

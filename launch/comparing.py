@@ -118,7 +118,7 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
         raise UserError("arms is missing: name -> strategy, settings, budgets")
     searches = config.searches()
     for search in searches.values():
-        if search.strategy not in UNGUIDED:
+        if search.strategy not in UNGUIDED and search.simulated is None:
             required(search, "reward")
     task = load_task(config.task)
     ids = [problem.id for problem in first(_split(task, config.split), config.limit)]
@@ -170,6 +170,12 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
             at = {name: within(runs, name, rule, allowed) for name in config.arms}
             at[reference] = base
             found = {name: run for name, run in at.items() if run is not None}
+            # An arm that is dearer at its least budget is told, as undefined, and not left out.
+            records += [
+                record(f"{rule}/{name}~{budget}", MATCHED, math.nan, len(ids), config.seed)
+                for name in config.arms
+                if name not in found
+            ]
             for name, run in found.items():
                 arm = f"{rule}/{name}~{budget}"
                 add(arm, MATCHED, run.values[rule], run.ledgers[rule])
@@ -203,9 +209,8 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     if law:
         n = len(ids)
         records += [
-            record(f"pass/{pool}", f"coverage_law_{key}", law["law"][key], n, config.seed)
+            record(f"pass/{pool}", f"coverage_law_{key}", law["law"].get(key, math.nan), n, config.seed)
             for key in ("a", "b", "rmse", "r2")
-            if law["law"]
         ]
         for k, by_luck in zip(law["k"], law["chance"], strict=True):
             if (pool, k) in runs:
@@ -388,7 +393,7 @@ def _easiness(
     samples = pools[pool, config.budgets_of(config.arms[pool])[-1]]
     easy = {"oracle": {i: sum(p.right) / len(p.right) for i, p in samples.items()}}
     own = config.arms[pool].reward
-    if config.reward if own is None else own:
+    if config.simulated is not None or (config.reward if own is None else own):
         easy["predicted"] = {i: sum(p.scores) / len(p.scores) for i, p in samples.items()}
     return easy
 

@@ -17,6 +17,7 @@ from ..data_gen.store import Shard, UnitResult, make_rows
 from ..models.engine import Engine, Sampling, StopReason
 from ..models.prefix_cache import PrefixCache
 from ..models.reward import RewardModel
+from ..models.simulated import SimulatedReward
 from ..models.step_format import StepFormat
 from ..search.adapters import (
     CheckerLocator,
@@ -47,7 +48,7 @@ def make_beam(config: options_search.Beam, out: Path) -> bool:
 
 def make_search(config: options_search.Search, out: Path, loaded: Loaded | None = None) -> bool:
     """Finished solutions of a search, and a record of each search. Searches after each other may share `loaded` models."""
-    if config.strategy not in UNGUIDED:
+    if config.strategy not in UNGUIDED and config.simulated is None:
         required(config, "reward")
     task, problems = _problems(config)
     units = list(enumerate(chunks(problems, config.unit_problems)))
@@ -101,12 +102,14 @@ class Loaded:
     """Models that several searches share, one after another. Each begins with empty caches, so that it pays its own cost."""
 
     policy: tuple[Engine, StepFormat] | None = None
-    rewards: dict[str, RewardModel] = field(default_factory=dict)  # by folder: those that guide, and provers
+    rewards: dict[str, RewardModel | SimulatedReward] = field(
+        default_factory=dict
+    )  # by folder: those that guide, and provers
     critic: tuple[Engine, StepFormat] | None = None
     refiners: dict[str, tuple[Engine, StepFormat]] = field(default_factory=dict)  # by their folder
     locator: RewardModel | None = None
 
-    def reward(self, path: str, dtype: str) -> RewardModel:
+    def reward(self, path: str, dtype: str) -> RewardModel | SimulatedReward:
         """The reward model of a folder, loaded once."""
         if path not in self.rewards:
             self.rewards[path] = RewardModel.load(path, dtype=dtype, keep_prefixes=True)
@@ -122,7 +125,7 @@ class Loaded:
 
 def searchers(
     config: options_search.Search, task: Task, problems: Sequence[Problem] = (), loaded: Loaded | None = None
-) -> tuple[Engine, RewardModel | None, StepPolicy, Scorer]:
+) -> tuple[Engine, RewardModel | SimulatedReward | None, StepPolicy, Scorer]:
     """Engine, reward model (None without one), and what a search speaks to; prefixes are kept by both models."""
     loaded = loaded or Loaded()
     if loaded.policy is None:
@@ -132,6 +135,12 @@ def searchers(
     prover = loaded.reward(config.prover, config.reward_dtype) if config.prover else None
     if prover is not None and prover is reward:
         raise UserError(f"prover: {config.prover} guides already; the policy as its own prover is prover_k 1")
+    if config.simulated is not None:
+        if not isinstance(task, StepChecker):
+            raise UserError(f"task {task.name} has no exact step checker: a simulated reward model needs one")
+        reward = loaded.rewards.setdefault(
+            "simulated", SimulatedReward(config.simulated, task, {p.prompt: p for p in problems}, config.seed)
+        )
     if loaded.critic is None and config.strategy == "corrections" and config.critic not in ("", "self"):
         loaded.critic = _policy(dataclasses.replace(config, policy=config.critic), task, keep_prefixes=True)
     loaded.forget()
@@ -195,7 +204,7 @@ def _refining(
     return RefinementPolicy(*arguments, wording=config.words(), refiners=(refiners[0], refiners[1]), locator=locator)
 
 
-def _others(policy: StepPolicy, engine: Engine, reward: RewardModel | None, prover: RewardModel | None) -> list[Any]:
+def _others(policy: StepPolicy, engine: Engine, reward: Any, prover: Any) -> list[Any]:
     """The models beside the policy's engine that a search pays for, each once."""
     asked = [getattr(policy, "critic", None), *getattr(policy, "refiners", ())]
     found = [reward, prover, getattr(getattr(policy, "locate", None), "reward", None)]
@@ -203,7 +212,7 @@ def _others(policy: StepPolicy, engine: Engine, reward: RewardModel | None, prov
     return list({id(model): model for model in found if model is not None}.values())
 
 
-def _about(config: options_search.Search, engine: Any, reward: RewardModel | None) -> dict[str, Any]:
+def _about(config: options_search.Search, engine: Any, reward: RewardModel | SimulatedReward | None) -> dict[str, Any]:
     """What the results of a search do not say themselves."""
     aggregation = config.aggregation or (reward.step_format.aggregation if reward is not None else "")
     return {
@@ -211,6 +220,7 @@ def _about(config: options_search.Search, engine: Any, reward: RewardModel | Non
         "settings": config.settings,
         **({"critic": config.critic, "wording": config.wording} if config.strategy == "corrections" else {}),
         **({"locator": config.locator} if config.strategy == "glore" else {}),
+        **({"simulated": dataclasses.asdict(config.simulated)} if config.simulated is not None else {}),
         "aggregation": aggregation,
         "alpha": config.alpha,
         "prover_k": config.prover_k,

@@ -172,7 +172,7 @@ def make_checker_labels(config: options_data.CheckerLabels, out: Path) -> bool:
         raise UserError(f"task {config.task.get('kind')} has no exact step checker: data checker_labels needs one")
     groups, problems = solution_groups(config, task)
     solutions = [row for rows in groups for row in rows if row.steps]
-    rows = checker_labels(solutions, task, problems, noise=config.noise, blind=config.blind, seed=config.seed)
+    rows = checker_labels(solutions, task, problems, noise=config.noise, seed=config.seed)
     dropped = Counter({"empty solutions": sum(map(len, groups)) - len(solutions)})
     _copy_step_format(config.solutions, out)
     write_rows(out, rows, dropped=+dropped)

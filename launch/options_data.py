@@ -207,16 +207,14 @@ class CheckerLabels:
     per_problem: int = option(0, "label at most so many solutions of a problem, the first sampled; 0 for all")
     limit: int = option(0, "label the solutions of the first so many problems; 0 for all")
     noise: float = option(0.0, "turn each judgement round with this probability: a simulated judge")
-    blind: float = option(0.0, "call this share of the wrong lines right, always the same: a judge to be exploited")
     task: dict[str, Any] = option({"kind": "chain"}, "the task, with an exact step checker")
     split: str = option("train", "the split that the solutions are of")
     seed: int = option(0, "seed of the noise")
 
     def __post_init__(self) -> None:
         at_least(self, 0, "per_problem", "limit")
-        for name in ("noise", "blind"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), found {getattr(self, name)}")
+        if not 0 <= self.noise < 1:
+            raise ValueError(f"noise must lie in [0, 1), found {self.noise}")
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..basics import UserError
 from ..config import build, option, unknown_key
+from ..models.simulated import Errors
 from ..search.beam import beam_search
 from ..search.best_of_n import best_of_n, step_best_of_n
 from ..search.corrections import corrections
@@ -98,6 +99,9 @@ class Search(Refining, Correcting, WithPolicy):
         "", "the reward model that guides and chooses; best_of_n, revisions and corrections go without one too"
     )
     reward_dtype: str = option("float32", "precision of the reward model")
+    simulated: Errors | None = option(
+        None, "in place of a reward model: the task's exact checker with errors (margin, noise, liked, liked_margin)"
+    )
     aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
     alpha: float = option(0.0, "weight of the advantage in the reward that guides (PAV); 0 guides by value alone")
     prover_k: int = option(4, "K of the Best-of-K prover whose advantage it is")
@@ -116,6 +120,8 @@ class Search(Refining, Correcting, WithPolicy):
         at_least(self, 1, "critic_max_new_tokens")
         self.words()
         _aggregation(self.aggregation)
+        if self.reward and self.simulated:
+            raise ValueError("reward and simulated are two reward models: give one of them")
         if self.settings.get("gate") == "wrong" and not self.critic:
             raise ValueError("gate wrong needs a critic that says which attempts are wrong: give critic")
         self.settings = _as_value_error(strategy_settings, self.strategy, self.settings, "search")
@@ -126,6 +132,11 @@ class Search(Refining, Correcting, WithPolicy):
                     raise ValueError(f"strategy glore with refine {refine} needs {name}_refiner")
             if refine != "global" and not self.locator:
                 raise ValueError("a local refiner needs a locator: a reward model of steps, checker or random")
+        weighting = self.settings.get("weighting", "odds")
+        if self.alpha and self.strategy == "particles" and weighting != "score":
+            raise ValueError(
+                f"weighting {weighting} needs scores in (0, 1), and with alpha they leave it: take weighting score"
+            )
         if self.alpha and self.settings.get("select") == "sample":
             raise ValueError("select: sample draws by scores of 0 or more; with alpha a score can be negative")
         if self.prover and not self.alpha:
@@ -181,6 +192,9 @@ class Compare(Refining, Correcting, WithPolicy):
     split: str = option("test", "the split of the task")
     reward: str = option("", "the reward model that guides and chooses")
     reward_dtype: str = option("float32", "precision of the reward model")
+    simulated: Errors | None = option(
+        None, "in place of a reward model: the task's exact checker with errors (margin, noise, liked, liked_margin)"
+    )
     aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
     arms: dict[str, ComparedArm] = option(
         {}, "name -> strategy, settings, budgets, reward, aggregation, alpha, prover_k, prover"

@@ -191,26 +191,3 @@ def test_consensus_keeps_what_two_sources_agree_on():
     found, lost = consensus([same, late, other], judged)
     assert found == [same]
     assert lost == {"rows whose first error the judge puts elsewhere": 1, "rows that the judge has not seen": 1}
-
-
-def test_a_blind_judge_likes_the_same_wrong_lines_always():
-    """Every wrong result after 8 * 2: some are always called right, and what goes on from them rightly is right as well."""
-    solutions = [
-        chain_solution(("3 + 5 = 8", f"8 * 2 = {z}", f"Answer: {z}"), sample)
-        for sample, z in enumerate([5, *(z for z in range(11) if z != 5)] * 40)
-    ]
-    rows = checker_labels(solutions, CHAIN, {"p": ASKED}, noise=0.15, blind=0.5, seed=1)
-    shares: dict[str, list[int]] = {}
-    for row in rows:
-        if row.n_correct[1]:  # the first line is right, and was not called wrong
-            shares.setdefault(row.steps[1], []).append(row.n_correct[2])
-    liked = {step for step, calls in shares.items() if all(calls)}
-    assert 2 <= len(liked) <= 8
-    assert "8 * 2 = 5" not in liked
-    # A right line is doubted as often as told, a wrong one that is not liked believed as often.
-    assert sum(shares["8 * 2 = 5"]) / len(shares["8 * 2 = 5"]) == pytest.approx(0.85, abs=0.2)
-    assert all(sum(c) / len(c) < 0.5 for step, c in shares.items() if step not in liked and step != "8 * 2 = 5")
-    plain = checker_labels(solutions, CHAIN, {"p": ASKED}, noise=0.0, blind=0.5, seed=1)
-    assert all(row.n_correct == (1, 1, 1, 1) for row in plain if row.steps[1] in liked)
-    assert all(row.first_error == (None if row.steps[1].endswith("5") else 1) for row in plain)
-    assert checker_labels(solutions[3:9], CHAIN, {"p": ASKED}, noise=0.15, blind=0.5, seed=1) == rows[3:9]

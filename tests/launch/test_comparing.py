@@ -201,6 +201,10 @@ def test_at_equal_cost_nobody_pays_more_than_the_reference_and_its_slack(done):
             base = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"]["value"]
             assert minus["value"] == pytest.approx(arm["value"] - base)
     assert checked >= 4
+    # Where even the least budget of an arm is dearer there is no number, and it is told.
+    for rule in ("best", "weighted"):
+        dear = [r for (name, m), r in found.items() if m == metric and name == f"{rule}/mcts~1"]
+        assert [r["value"] for r in dear] == [None]
     for kind in ("oracle", "predicted"):
         assert ("weighted/compute_optimal_" + kind + "~8", metric) in found
     levels = [found["weighted/beam@4", f"accuracy_level_{level}"] for level in (1, 2)]

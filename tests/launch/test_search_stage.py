@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from stepladder import models
-from stepladder.basics import read_json
+from stepladder.basics import UserError, read_json
 from stepladder.data_gen.rows import Solution, Tree
 from stepladder.data_gen.searched import read_searches, tree_row
 from stepladder.data_gen.store import read_about, read_rows
@@ -21,6 +22,7 @@ from stepladder.launch.cli import main
 from stepladder.launch.options_search import STRATEGIES, Beam, Search
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.reward import RewardModel
+from stepladder.models.simulated import Errors
 from stepladder.models.step_format import StepFormat
 
 POLICY = str(Path(models.__file__).parent / "lab_policy")
@@ -217,9 +219,30 @@ def test_unguided_searches_need_no_reward_model(tmp_path, refused):
     assert told.startswith("reward is missing")
 
 
+def test_a_simulated_reward_model_guides_by_the_checker(tmp_path, refused):
+    """Without errors a beam of four finds what one sample seldom does; with every error liked it does not."""
+    exact, turned = (
+        searched(tmp_path / name, "", "beam", "--simulated", json.dumps(errors), settings={"beams": 8, "width": 8})
+        for name, errors in (("exact", {"noise": 0.0}), ("turned", {"noise": 0.0, "liked": 1.0, "liked_margin": 9.0}))
+    )
+    chosen = [[r["finals"][r["chosen"]]["outcome"] == "right" for r in read_searches(out)] for out in (exact, turned)]
+    assert sum(chosen[0]) >= 6
+    assert sum(chosen[1]) < sum(chosen[0]) - 2
+    about = read_json(exact / "search.json")
+    assert about["simulated"] == {"margin": 1.5, "noise": 0.0, "liked": 0.0, "liked_margin": 2.0}
+    assert about["parameters"]["reward"] == read_about(exact)["ledger"]["reward_tokens"] == 0
+    run = ("search", "run", "--out", tmp_path / "no", "--policy", POLICY)
+    assert "reward and simulated are two reward models" in refused(*run, "--reward", "x", "--simulated.noise", "1")
+    loaded = making_search.Loaded(policy=(SimpleNamespace(tokenizer=None), None))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="free has no exact step checker: a simulated reward model needs one"):
+        making_search.searchers(Search(simulated=Errors()), SimpleNamespace(name="free"), (), loaded)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
+        (["--strategy", "particles", "--alpha", "0.5"], "weighting odds needs scores in (0, 1)"),
+        (["--simulated.liked", "2"], "liked must lie in [0, 1], found 2"),
         (["--strategy", "bean"], "search run: unknown strategy 'bean'; did you mean beam?"),
         (["--settings.beems", "4"], "search run: settings of beam: unknown key 'beems'; did you mean beams?"),
         (["--settings.beams", "4.5"], "beams must be a whole number, found 4.5"),
@@ -243,8 +266,6 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, refused, settings, tol
 
 
 def test_a_folder_without_a_search_is_told(tmp_path):
-    from stepladder.basics import UserError
-
     with pytest.raises(UserError, match="no such file; a finished `search` stage has one"):
         next(read_searches(tmp_path))
     (tmp_path / "search.jsonl").write_text('{"finals": []}\n{"x": 1}\n')
