@@ -29,7 +29,9 @@ def filtered_probabilities(
     logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> torch.Tensor:
     """Probabilities [B, V] after temperature, then top-k, then top-p (the smallest set that reaches top_p is kept)."""
-    logits = logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -60,5 +62,5 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor | None, params: Any) -> tup
     # most probable token.
     inside = ids.clamp(max=logits.shape[-1] - 1)
     good = (inside == ids) & (probabilities.gather(-1, inside[:, None]).squeeze(-1) > 0)
-    ids = torch.where(good, inside, probabilities.argmax(-1))
+    ids = inside if bool(good.all()) else torch.where(good, inside, probabilities.argmax(-1))
     return ids, probabilities.gather(-1, ids[:, None]).squeeze(-1).log()

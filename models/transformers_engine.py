@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from .decoding import decoder_of
 from .engine import Request, Sample, Sampling, StopReason
 from .ledger import Ledger
-from .prefix_cache import PrefixCache, cache_keyword, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
+from .prefix_cache import PrefixCache, cache_keyword, stack_left_padded, supports_prefix_cache, to_dynamic_cache
 from .sampling import draw, uniforms
 
 
@@ -90,61 +91,55 @@ class TransformersEngine:
 
         # One row a sample from here on: the encoded prefixes are repeated, not encoded again.
         owners = [(index, seed) for index, first, end in batch for seed in range(first, end)]
-        repeats = torch.tensor([end - first for _, first, end in batch], device=self.model.device)
-        expand = torch.repeat_interleave(torch.arange(len(batch), device=self.model.device), repeats)
-        if len(owners) > len(batch):
-            cache.batch_select_indices(expand)
-            logits, mask = logits[expand], mask[expand]
-        lengths = torch.tensor([len(p) for p in prefixes], device=self.model.device)[expand]
+        device = self.model.device
+        repeats = torch.tensor([end - first for _, first, end in batch], device=device)
+        rows = torch.repeat_interleave(torch.arange(len(batch), device=device), repeats)
+        decoder = decoder_of(self.model, cache, mask, rows)
+        logits = logits[rows]
+        lengths = torch.tensor([len(p) for p in prefixes], device=device)[rows]
 
         scanner = self._scanner(sampling.stop)
-        limit = torch.clamp(self.context - lengths, max=sampling.max_new_tokens).tolist()
+        limits = torch.clamp(self.context - lengths, max=sampling.max_new_tokens)
         random = None
         if sampling.temperature > 0:
             random = uniforms([requests[i].seeds[s] for i, s in owners], sampling.max_new_tokens)
-        ids: list[list[int]] = [[] for _ in owners]
-        logprobs: list[list[float]] = [[] for _ in owners]
-        alive = list(range(len(owners)))
+        end_tokens = torch.tensor(self.eos_ids, dtype=torch.long, device=device)
+        ids = torch.zeros(len(owners), sampling.max_new_tokens, dtype=torch.long)
+        logprobs = torch.zeros(len(owners), sampling.max_new_tokens)
+        generated = 0
+        alive = torch.arange(len(owners))  # whose row each row is
         for position in range(sampling.max_new_tokens):
             now, logp = draw(logits, None if random is None else random[alive, position], sampling)
-            maybe_stop = scanner.may_end(now).tolist()
+            ids[alive, position], logprobs[alive, position] = now.cpu(), logp.cpu()
+            generated += len(alive)
+            ended, full = torch.isin(now, end_tokens).cpu(), (limits <= position + 1).cpu()
             finished = []
-            for row, (owner, token, value) in enumerate(zip(alive, now.tolist(), logp.tolist(), strict=True)):
-                ids[owner].append(token)
-                logprobs[owner].append(value)
-                stop = None
-                if token in self.eos_ids:
+            for row in (ended | full | scanner.may_end(now)).nonzero().squeeze(-1).tolist():
+                owner = int(alive[row])
+                if ended[row]:
                     stop = StopReason.EOS
-                elif maybe_stop[row] and scanner.ends(ids[owner]):
+                elif scanner.ends(ids[owner, max(0, position + 1 - scanner.tail) : position + 1].tolist()):
                     stop = StopReason.STOP
-                elif len(ids[owner]) >= limit[owner]:
+                elif full[row]:
                     stop = StopReason.LENGTH
-                if stop is not None:
-                    index, seed = owners[owner]
-                    results[index][seed] = Sample(tuple(ids[owner]), tuple(logprobs[owner]), stop)
-                    finished.append(row)
-                    if self.cache is not None and stop is not StopReason.EOS:
-                        # The last sampled token has not been encoded: it is left to the next request.
-                        prefix = requests[index].prefix + tuple(ids[owner][:-1])
-                        self.cache.put(prefix, row_of(cache, row, mask[row].nonzero().squeeze(-1)))
+                else:
+                    continue
+                index, seed = owners[owner]
+                sampled = tuple(ids[owner, : position + 1].tolist())
+                results[index][seed] = Sample(sampled, tuple(logprobs[owner, : position + 1].tolist()), stop)
+                finished.append(row)
+                if self.cache is not None and stop is not StopReason.EOS:
+                    # The last sampled token has not been encoded: it is left to the next request.
+                    self.cache.put(requests[index].prefix + sampled[:-1], decoder.row(row))
             if len(finished) == len(alive):
                 break
             if finished:
-                gone = set(finished)
-                keep = torch.tensor([r for r in range(len(alive)) if r not in gone], device=mask.device)
-                cache.batch_select_indices(keep)
-                mask, now, lengths = mask[keep], now[keep], lengths[keep]
-                alive = [owner for row, owner in enumerate(alive) if row not in gone]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            logits = self.model(
-                input_ids=now[:, None],
-                attention_mask=mask,
-                position_ids=(lengths + position)[:, None],
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._cache_keyword: cache},
-            ).logits[:, -1]
-        self.ledger.add_policy(self.parameters, generated=sum(map(len, ids)), calls=len(owners))
+                order = decoder.leave(finished)
+                alive = alive[order]
+                kept = torch.tensor(order, device=device)
+                now, lengths, limits = now[kept], lengths[kept], limits[kept]
+            logits = decoder.step(now, lengths + position)
+        self.ledger.add_policy(self.parameters, generated=generated, calls=len(owners))
 
     def _prefill(self, prefixes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """(logits of the next token [B, V], key/value cache, mask [B, columns]) of prefixes padded on the left."""
