@@ -23,11 +23,9 @@ ATTENTION = "stepladder_one_token"
 class Growing:
     """Any transformers cache, which grows by concatenation: for layers that keep something else than plain keys and values."""
 
-    def __init__(self, model: Any, cache: Any, mask: torch.Tensor, rows: torch.Tensor) -> None:
+    def __init__(self, model: Any, cache: Any, mask: torch.Tensor, most: int) -> None:
         self.model, self.cache, self.mask = model, cache, mask
         self.keyword = cache_keyword(model)
-        if len(rows) > len(mask):
-            self._keep(rows)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] of the next token behind `tokens` [B], which stand at `positions` [B]."""
@@ -41,48 +39,45 @@ class Growing:
             **{self.keyword: self.cache},
         ).logits[:, -1]
 
-    def leave(self, gone: Sequence[int]) -> list[int]:
-        """Rows leave; which of the old rows now stands in each place."""
-        out = set(gone)
-        left = [row for row in range(len(self.mask)) if row not in out]
-        self._keep(torch.tensor(left, device=self.mask.device))
-        return left
+    def become(self, sources: Sequence[int]) -> list[int]:
+        """Rows leave and are doubled: for each row to come the old one that it goes on from. Returns their places."""
+        if list(sources) != list(range(len(self.mask))):
+            rows = torch.tensor(sources, device=self.mask.device)
+            self.cache.batch_select_indices(rows)
+            self.mask = self.mask[rows]
+        return list(range(len(sources)))
 
     def row(self, row: int) -> torch.Tensor:
         """[2 x layers, heads, tokens, head size]: keys and values of what a row has encoded."""
         return row_of(self.cache, row, self.mask[row].nonzero().squeeze(-1))
 
-    def _keep(self, rows: torch.Tensor) -> None:
-        self.cache.batch_select_indices(rows)
-        self.mask = self.mask[rows]
-
 
 class Buffers:
-    """Keys and values [2 x layers, B, heads, columns, head size] in one tensor with room for tokens to come.
+    """Keys and values [2 x layers, B, heads, columns, head size] in one tensor with room for tokens and rows to come.
 
-    `cache` is the cache of the encoded prefixes, padded on the left as `mask` [b, columns] says; `rows` [B] says which of them
-    each row begins with.
+    `cache` is the cache of the encoded prefixes, padded on the left as `mask` [b, columns] says; `most` is how many rows there
+    may ever be.
     """
 
-    def __init__(self, model: Any, cache: Any, mask: torch.Tensor, rows: torch.Tensor) -> None:
+    def __init__(self, model: Any, cache: Any, mask: torch.Tensor, most: int) -> None:
         self.model, self.keyword = model, cache_keyword(model)
-        self.count, self.columns = len(rows), mask.shape[1]
+        self.count, self.columns = mask.shape
         first = cache.layers[0].keys
-        self.kept = first.new_zeros(
-            2 * len(cache.layers), len(rows), first.shape[1], self.columns + ROOM, first.shape[3]
-        )
+        self.kept = self._room(first.new_empty(2 * len(cache.layers), most, first.shape[1], 0, first.shape[3]))
         for index, layer in enumerate(cache.layers):
-            self.kept[2 * index, :, :, : self.columns] = layer.keys[rows]
-            self.kept[2 * index + 1, :, :, : self.columns] = layer.values[rows]
-        self.mask = first.new_full((len(rows), 1, 1, self.columns + ROOM), float("-inf"))
-        self.mask[:, 0, 0, : self.columns].masked_fill_(mask[rows].bool(), 0.0)
+            self.kept[2 * index, : self.count, :, : self.columns] = layer.keys
+            self.kept[2 * index + 1, : self.count, :, : self.columns] = layer.values
+        self.mask = first.new_full((most, 1, 1, self.columns + ROOM), float("-inf"))
+        self.mask[: self.count, 0, 0, : self.columns].masked_fill_(mask.bool(), 0.0)
         self.cache = _cache_over(self, cache)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] of the next token behind `tokens` [B], which stand at `positions` [B]."""
         if self.columns == self.kept.shape[3]:
-            self.kept = torch.nn.functional.pad(self.kept[:, : self.count], (0, 0, 0, ROOM))
-            self.mask = torch.nn.functional.pad(self.mask[: self.count], (0, ROOM), value=float("-inf"))
+            before = self.kept
+            self.kept = self._room(before)
+            self.kept[:, : self.count, :, : self.columns] = before[:, : self.count]
+            self.mask = torch.nn.functional.pad(self.mask, (0, ROOM), value=float("-inf"))
         self.mask[: self.count, :, :, self.columns] = 0.0
         with _attention(self.model):
             logits = self.model(
@@ -96,29 +91,43 @@ class Buffers:
         self.columns += 1
         return logits
 
-    def leave(self, gone: Sequence[int]) -> list[int]:
-        """Rows leave; which of the old rows now stands in each place: the last ones fill the gaps."""
-        out, left = set(gone), self.count - len(gone)
-        holes = [row for row in gone if row < left]
-        movers = [row for row in range(left, self.count) if row not in out]
-        order = list(range(left))
-        if holes:
-            to, source = torch.tensor(holes, device=self.mask.device), torch.tensor(movers, device=self.mask.device)
+    def become(self, sources: Sequence[int]) -> list[int]:
+        """Rows leave and are doubled: for each row to come the old one that it goes on from. Returns their places.
+
+        A row stays where it is if it can; what comes otherwise is copied to where nothing stays.
+        """
+        places, stay = [-1] * len(sources), set()
+        for i, source in enumerate(sources):
+            if source < len(sources) and source not in stay:
+                places[i] = source
+                stay.add(source)
+        free = iter([place for place in range(len(sources)) if place not in stay])
+        copies = [i for i, place in enumerate(places) if place < 0]
+        for i in copies:
+            places[i] = next(free)
+        if copies:
+            to = torch.tensor([places[i] for i in copies], device=self.mask.device)
+            source = torch.tensor([sources[i] for i in copies], device=self.mask.device)
             self.kept[:, to] = self.kept[:, source]
             self.mask[to] = self.mask[source]
-            for hole, mover in zip(holes, movers, strict=True):
-                order[hole] = mover
-        self.count = left
-        return order
+        self.count = len(sources)
+        return places
+
+    def _room(self, like: torch.Tensor) -> torch.Tensor:
+        """A buffer with room behind the columns; memory of rows that never come is never touched."""
+        made = like.new_empty(*like.shape[:3], self.columns + ROOM, like.shape[4])
+        # What is masked still takes part in products with zero, so that it must be a number.
+        made[:, : self.count, :, self.columns :] = 0.0
+        return made
 
     def row(self, row: int) -> torch.Tensor:
         """[2 x layers, heads, tokens, head size]: keys and values of what a row has encoded."""
         return self.kept[:, row, :, (self.mask[row, 0, 0] == 0).nonzero().squeeze(-1)]
 
 
-def decoder_of(model: Any, cache: Any, mask: torch.Tensor, rows: torch.Tensor) -> Growing | Buffers:
-    """What decodes behind the prefixes in `cache`, with `rows` [B] of them: `Buffers` where the model allows it, on a CPU."""
-    return (Buffers if fits_buffers(model, cache) else Growing)(model, cache, mask, rows)
+def decoder_of(model: Any, cache: Any, mask: torch.Tensor, most: int) -> Growing | Buffers:
+    """What decodes behind the prefixes in `cache`, up to `most` rows: `Buffers` where the model allows it, on a CPU."""
+    return (Buffers if fits_buffers(model, cache) else Growing)(model, cache, mask, most)
 
 
 def fits_buffers(model: Any, cache: Any) -> bool:

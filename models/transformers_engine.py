@@ -17,9 +17,10 @@ from .sampling import draw, uniforms
 class TransformersEngine:
     """Samples from `model` in batches of up to `batch_size` sequences.
 
-    Requests are sorted by length, a prefix is encoded once for all its samples, and finished sequences leave the batch. Every
-    sample has its own random numbers, so that batch composition can change it only through floating-point rounding. With
-    `cache`, keys and values of what was sampled are kept, and a request that extends a known prefix encodes only the rest.
+    Requests are sorted by length, a prefix is encoded once for all its samples, so is every token that several of them have in
+    common, and finished sequences leave the batch. Every sample has its own random numbers, so that batch composition can change
+    it only through floating-point rounding. The ledger counts each sample's tokens, shared or not. With `cache`, keys and values of
+    what was sampled are kept, and a request that extends a known prefix encodes only the rest.
     """
 
     def __init__(
@@ -89,13 +90,13 @@ class TransformersEngine:
         prefixes = [requests[index].prefix for index, _, _ in batch]
         logits, cache, mask = self._prefill(prefixes)
 
-        # One row a sample from here on: the encoded prefixes are repeated, not encoded again.
+        # Samples of a prefix share a row of the model for as long as they hold the same tokens: from here on every row is
+        # another text, and what several samples have in common is computed once.
         owners = [(index, seed) for index, first, end in batch for seed in range(first, end)]
         device = self.model.device
+        decoder = decoder_of(self.model, cache, mask, most=len(owners))
         repeats = torch.tensor([end - first for _, first, end in batch], device=device)
-        rows = torch.repeat_interleave(torch.arange(len(batch), device=device), repeats)
-        decoder = decoder_of(self.model, cache, mask, rows)
-        logits = logits[rows]
+        rows = torch.repeat_interleave(torch.arange(len(batch), device=device), repeats)  # of the samples that go on
         lengths = torch.tensor([len(p) for p in prefixes], device=device)[rows]
 
         scanner = self._scanner(sampling.stop)
@@ -107,38 +108,42 @@ class TransformersEngine:
         ids = torch.zeros(len(owners), sampling.max_new_tokens, dtype=torch.long)
         logprobs = torch.zeros(len(owners), sampling.max_new_tokens)
         generated = 0
-        alive = torch.arange(len(owners))  # whose row each row is
+        alive = torch.arange(len(owners))  # the samples that go on
         for position in range(sampling.max_new_tokens):
-            now, logp = draw(logits, None if random is None else random[alive, position], sampling)
+            now, logp = draw(logits, None if random is None else random[alive, position], sampling, rows)
             ids[alive, position], logprobs[alive, position] = now.cpu(), logp.cpu()
             generated += len(alive)
             ended, full = torch.isin(now, end_tokens).cpu(), (limits <= position + 1).cpu()
-            finished = []
-            for row in (ended | full | scanner.may_end(now)).nonzero().squeeze(-1).tolist():
-                owner = int(alive[row])
-                if ended[row]:
+            going = torch.ones(len(alive), dtype=torch.bool)
+            for place in (ended | full | scanner.may_end(now)).nonzero().squeeze(-1).tolist():
+                owner = int(alive[place])
+                if ended[place]:
                     stop = StopReason.EOS
                 elif scanner.ends(ids[owner, max(0, position + 1 - scanner.tail) : position + 1].tolist()):
                     stop = StopReason.STOP
-                elif full[row]:
+                elif full[place]:
                     stop = StopReason.LENGTH
                 else:
                     continue
                 index, seed = owners[owner]
                 sampled = tuple(ids[owner, : position + 1].tolist())
                 results[index][seed] = Sample(sampled, tuple(logprobs[owner, : position + 1].tolist()), stop)
-                finished.append(row)
+                going[place] = False
                 if self.cache is not None and stop is not StopReason.EOS:
                     # The last sampled token has not been encoded: it is left to the next request.
-                    self.cache.put(requests[index].prefix + sampled[:-1], decoder.row(row))
-            if len(finished) == len(alive):
+                    self.cache.put(requests[index].prefix + sampled[:-1], decoder.row(int(rows[place])))
+            if not going.any():
                 break
-            if finished:
-                order = decoder.leave(finished)
-                alive = alive[order]
-                kept = torch.tensor(order, device=device)
-                now, lengths, limits = now[kept], lengths[kept], limits[kept]
-            logits = decoder.step(now, lengths + position)
+            if not going.all():
+                alive, going = alive[going], going.to(device)
+                now, rows, lengths, limits = now[going], rows[going], lengths[going], limits[going]
+            # Equal text: the same row and the same token behind it.
+            texts, which = (rows * logits.shape[-1] + now).unique(return_inverse=True)
+            places = torch.tensor(decoder.become((texts // logits.shape[-1]).tolist()), device=device)
+            rows = places[which]
+            tokens, positions = torch.empty_like(places), torch.empty_like(places)
+            tokens[rows], positions[rows] = now, lengths + position
+            logits = decoder.step(tokens, positions)
         self.ledger.add_policy(self.parameters, generated=generated, calls=len(owners))
 
     def _prefill(self, prefixes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, Any, torch.Tensor]:

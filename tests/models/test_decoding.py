@@ -65,29 +65,44 @@ def encoded(model: Any) -> tuple[Any, torch.Tensor]:
 
 @torch.inference_mode()
 def test_buffers_give_what_a_growing_cache_gives(grouped):
-    """Rows that repeat, more tokens than the room of a buffer, rows that leave in the middle and at the ends."""
-    rows = torch.tensor([0, 0, 0, 1, 1, 1])
-    plain, buffers = Growing(grouped, *encoded(grouped), rows), Buffers(grouped, *encoded(grouped), rows)
-    names = [list(range(6)), list(range(6))]
-    lengths = torch.tensor([3, 3, 3, 5, 5, 5])
-    tokens = torch.randint(4, 15, (6, 2 * ROOM), generator=torch.Generator().manual_seed(1))
-    leaving = {2: (1, 4), 9: (0,), ROOM + 3: (5,)}
+    """Rows that are doubled, more tokens than the room of a buffer, rows that leave in the middle and at the ends."""
+    plain, buffers = Growing(grouped, *encoded(grouped), 6), Buffers(grouped, *encoded(grouped), 6)
+    generator = torch.Generator().manual_seed(1)
+    rows = {"a": (0, 3), "b": (1, 5)}  # name -> row and position, equal for both at first
+    places = [{name: row for name, (row, _) in rows.items()} for _ in range(2)]
+    positions = {name: position for name, (_, position) in rows.items()}
+    become = {
+        0: "aabb",
+        2: "abcd",
+        3: "aabcd",
+        ROOM: "bcde",
+        ROOM + 2: "cbb",
+    }  # from which row each goes on, by its name now
     for t in range(ROOM + 6):
-        one, other = (
-            decoder.step(tokens[order, t], lengths[order] + t)
-            for decoder, order in zip((plain, buffers), names, strict=True)
-        )
-        by_name = [dict(zip(order, logits, strict=True)) for order, logits in zip(names, (one, other), strict=True)]
-        for name in names[0]:
-            torch.testing.assert_close(by_name[0][name], by_name[1][name], atol=1e-5, rtol=1e-5)
-        for decoder, order in zip((plain, buffers), names, strict=True):
-            if gone := leaving.get(t):
-                order[:] = [order[i] for i in decoder.leave([i for i, name in enumerate(order) if name in gone])]
-        assert sorted(names[0]) == sorted(names[1])
-    assert names[0] == [2, 3]
-    for name in (2, 3):
-        ours, theirs = buffers.row(names[1].index(name)), plain.row(names[0].index(name))
-        assert ours.shape[2] == int(lengths[name]) + ROOM + 6
+        if t in become:
+            names = sorted(positions)
+            sources = [name for name in become[t] if name in names]
+            assert len(sources) == len(become[t])
+            for side, decoder in enumerate((plain, buffers)):
+                found = decoder.become([places[side][name] for name in sources])
+                assert sorted(found) == list(range(len(sources)))
+                places[side] = dict(zip("abcdef", found, strict=False))
+            positions = dict(zip("abcdef", [positions[name] for name in sources], strict=False))
+        tokens = {name: int(torch.randint(4, 15, (1,), generator=generator)) for name in positions}
+        logits = []
+        for side, decoder in enumerate((plain, buffers)):
+            order = sorted(positions, key=places[side].__getitem__)
+            out = decoder.step(
+                torch.tensor([tokens[name] for name in order]), torch.tensor([positions[name] for name in order])
+            )
+            logits.append(dict(zip(order, out, strict=True)))
+        for name in positions:
+            torch.testing.assert_close(logits[0][name], logits[1][name], atol=1e-5, rtol=1e-5)
+        positions = {name: position + 1 for name, position in positions.items()}
+    assert len(positions) == 3
+    for name, position in positions.items():
+        ours, theirs = buffers.row(places[1][name]), plain.row(places[0][name])
+        assert ours.shape[2] == position
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -95,7 +110,7 @@ def test_buffers_give_what_a_growing_cache_gives(grouped):
 def test_the_models_own_attention_is_left_as_it_was(grouped):
     before = grouped.config._attn_implementation
     cache, mask = encoded(grouped)
-    decoder = decoder_of(grouped, cache, mask, torch.tensor([0, 1]))
+    decoder = decoder_of(grouped, cache, mask, most=2)
     assert isinstance(decoder, Buffers)
     kept = row_of(cache, 0, mask[0].nonzero().squeeze(-1)).clone()
     torch.testing.assert_close(decoder.row(0), kept, atol=0, rtol=0)

@@ -162,17 +162,29 @@ def test_a_request_with_more_samples_than_a_batch_is_cut(lab_words, tiny_policy)
     assert [[s.ids for s in one] for one in found] == [[s.ids for s in one] for one in whole]
 
 
-def test_finished_sequences_leave_the_batch(lab_words, tiny_policy):
-    model = tiny_policy(lab_words)
+def test_finished_sequences_leave_the_batch_and_equal_ones_are_one_row(lab_words, tiny_policy):
+    model = tiny_policy(lab_words, scale=2.0)
     requests = requests_of(lab_words, 40, 4)
     engine = TransformersEngine(model, lab_words, batch_size=1000)
     with forwards(model) as shapes:
         found = engine.generate(requests, Sampling(30))
-    lengths = [len(s.ids) for one in found for s in one]
+    samples = [(index, sample.ids) for index, one in enumerate(found) for sample in one]
+    lengths = [len(ids) for _, ids in samples]
     assert len(set(lengths)) > 5
-    # A forward after t sampled tokens has a row for each sample that goes on.
-    want = [sum(length > t for length in lengths) for t in range(1, max(lengths))]
+    # A forward after t sampled tokens has a row for each different text that goes on.
+    want = [len({(index, ids[:t]) for index, ids in samples if len(ids) > t}) for t in range(1, max(lengths))]
     assert [rows for rows, _ in shapes[1:]] == want
+    assert sum(want) < sum(sum(length > t for length in lengths) for t in range(1, max(lengths)))
+    # What samples share is counted for each of them: a sample costs what it costs alone.
+    assert engine.ledger.generated_tokens == sum(lengths)
+
+
+def test_equal_seeds_share_every_row(lab_words, tiny_policy):
+    model = tiny_policy(lab_words)
+    with forwards(model) as shapes:
+        [found] = TransformersEngine(model, lab_words).generate([Request((5, 6, 7), (1, 1, 1))], Sampling(10))
+    assert found[0] == found[1] == found[2]
+    assert {rows for rows, _ in shapes} == {1}
 
 
 def test_like_lengths_are_batched_together(lab_words, tiny_policy):
