@@ -16,7 +16,7 @@ import torch
 from .prefix_cache import cache_keyword, row_of, supports_prefix_cache
 
 # Columns by which buffers grow. Attention runs over all columns, the empty ones masked.
-ROOM = 32
+ROOM = 16
 ATTENTION = "stepladder_one_token"
 
 
@@ -108,7 +108,7 @@ class Buffers:
         if copies:
             to = torch.tensor([places[i] for i in copies], device=self.mask.device)
             source = torch.tensor([sources[i] for i in copies], device=self.mask.device)
-            self.kept[:, to] = self.kept[:, source]
+            self.kept.index_copy_(1, to, self.kept.index_select(1, source))
             self.mask[to] = self.mask[source]
         self.count = len(sources)
         return places

@@ -10,7 +10,15 @@ import torch
 from .decoding import decoder_of
 from .engine import Request, Sample, Sampling, StopReason
 from .ledger import Ledger
-from .prefix_cache import PrefixCache, cache_keyword, stack_left_padded, supports_prefix_cache, to_dynamic_cache
+from .prefix_cache import (
+    Entry,
+    PrefixCache,
+    cache_keyword,
+    row_of,
+    stack_left_padded,
+    supports_prefix_cache,
+    to_dynamic_cache,
+)
 from .sampling import draw, uniforms
 
 
@@ -18,7 +26,8 @@ class TransformersEngine:
     """Samples from `model` in batches of up to `batch_size` sequences.
 
     Requests are sorted by length, a prefix is encoded once for all its samples, so is every token that several of them have in
-    common, and finished sequences leave the batch. Every sample has its own random numbers, so that batch composition can change
+    common, prefixes of one another are encoded once (keys and values of up to `share_bytes` are kept during a call), and finished
+    sequences leave the batch. Every sample has its own random numbers, so that batch composition can change
     it only through floating-point rounding. The ledger counts each sample's tokens, shared or not. With `cache`, keys and values of
     what was sampled are kept, and a request that extends a known prefix encodes only the rest.
     """
@@ -32,6 +41,7 @@ class TransformersEngine:
         batch_size: int = 256,
         cache: PrefixCache | None = None,
         ledger: Ledger | None = None,
+        share_bytes: int = 2**30,
     ) -> None:
         self.model = model.train(False)
         self.tokenizer = tokenizer
@@ -45,6 +55,8 @@ class TransformersEngine:
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,))
+        self.share_bytes = share_bytes
+        self._extended: dict[tuple[int, ...], Entry] = {}  # prefix -> keys and values of one that begins with it
         self._scanners: dict[tuple[str, ...], StopScanner] = {}
 
     @torch.inference_mode()
@@ -52,8 +64,10 @@ class TransformersEngine:
         """Samples [len(requests)][len(request.seeds)], in the order asked."""
         results: list[list[Sample | None]] = [[None] * len(r.seeds) for r in requests]
         with self.ledger.timed():
+            self._encode_extended([request.prefix for request in requests if request.seeds])
             for batch in self._batches(requests):
                 self._run_batch(requests, batch, sampling, results)
+            self._extended.clear()
         return results  # type: ignore[return-value]
 
     def _batches(self, requests: Sequence[Request]) -> list[list[tuple[int, int, int]]]:
@@ -148,7 +162,7 @@ class TransformersEngine:
 
     def _prefill(self, prefixes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """(logits of the next token [B, V], key/value cache, mask [B, columns]) of prefixes padded on the left."""
-        known = [self.cache.longest(p, len(p) - 1) if self.cache is not None else (0, None) for p in prefixes]
+        known = [self._known(prefix) for prefix in prefixes]
         past = stack_left_padded([entry for _, entry in known])
         old = 0 if past is None else past.shape[3]
         new = max(len(p) - length for p, (length, _) in zip(prefixes, known, strict=True))
@@ -176,6 +190,38 @@ class TransformersEngine:
             self.parameters, prefilled=sum(len(p) - length for p, (length, _) in zip(prefixes, known, strict=True))
         )
         return logits, cache, mask
+
+    def _known(self, prefix: tuple[int, ...]) -> tuple[int, Entry | None]:
+        """(how many of the first tokens are encoded, their keys and values), never all of them: the last one gives the logits."""
+        if self.cache is not None:
+            return self.cache.longest(prefix, len(prefix) - 1)
+        if prefix in self._extended:
+            longer = self._extended[prefix].keys_values
+            return len(prefix) - 1, Entry(longer[:, :, : len(prefix) - 1])
+        return 0, None
+
+    def _encode_extended(self, prefixes: Sequence[tuple[int, ...]]) -> None:
+        """Encodes what others of the prefixes begin, so that those need their last token only: all prefixes of one solution."""
+        if self.cache is not None or not self.share_bytes or not supports_prefix_cache(self.model):
+            return
+        longest_of: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        longest: tuple[int, ...] = ()
+        # In reversed alphabetical order what begins with a prefix stands right before it.
+        for prefix in sorted({p for p in prefixes if 1 < len(p) < self.context}, reverse=True):
+            if longest[: len(prefix)] != prefix:
+                longest = prefix
+            longest_of.setdefault(longest, []).append(prefix)
+        shared = sorted((one for one, begins in longest_of.items() if len(begins) > 1), key=lambda one: (len(one), one))
+        room = self.share_bytes
+        for first in range(0, len(shared), self.batch_size):
+            batch = shared[first : first + self.batch_size]
+            _, cache, mask = self._prefill([one[:-1] for one in batch])
+            for row, one in enumerate(batch):
+                entry = Entry(row_of(cache, row, mask[row].nonzero().squeeze(-1)))
+                room -= entry.keys_values.numel() * entry.keys_values.element_size()
+                if room < 0:
+                    return
+                self._extended.update((prefix, entry) for prefix in longest_of[one])
 
     def _scanner(self, stop: tuple[str, ...]) -> StopScanner:
         if stop not in self._scanners:
