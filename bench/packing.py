@@ -13,6 +13,11 @@ from collections.abc import Callable
 from measure import Question, Work, bench
 
 ARMS = ("packed", "like lengths", "as drawn")
+OPTIONS = {"rows": 384, "max_length": 256, "batch": 32}
+
+
+def question(args: argparse.Namespace) -> Question:
+    return Question("packing", "Fine-tuning on dialogues", "tokens a second", ARMS)
 
 
 def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
@@ -60,5 +65,4 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
 
 
 if __name__ == "__main__":
-    asks = "Fine-tuning on dialogues"
-    bench(Question("packing", asks, "tokens a second", ARMS), prepare, rows=384, max_length=256, batch=32)
+    bench(question, prepare, **OPTIONS)

@@ -9,27 +9,37 @@ from collections.abc import Callable
 
 from measure import Question, Work, bench
 
-_MAIN = "import sys; sys.argv = ['stepladder', {}]; from stepladder.launch.cli import main; main()"
+_MAIN = (
+    "import sys; sys.argv = ['stepladder', *{}]\n"
+    "from stepladder.launch.cli import main; main(); assert 'torch' not in sys.modules"
+)
 CODE = {
-    "stepladder --help": _MAIN.format("'--help'"),
-    "stepladder search --help": _MAIN.format("'search', '--help'"),
+    "stepladder --help": _MAIN.format(["--help"]),
+    "stepladder search --help": _MAIN.format(["search", "--help"]),
+    "stepladder search beam --help": _MAIN.format(["search", "beam", "--help"]),
     "import torch": "import torch",
 }
+OPTIONS = {"starts": 5}
+
+
+def question(args: argparse.Namespace) -> Question:
+    asks = "Start-up of the command"
+    return Question("startup", asks, "seconds a start", list(CODE), {"import torch": 1.0}, less_is_better=True)
 
 
 def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
-    """Ten starts of a fresh interpreter."""
+    """Starts of a fresh interpreter."""
 
     def work() -> Work:
-        for _ in range(10):
-            check = "; import sys; assert 'torch' not in sys.modules" if arm != "import torch" else ""
-            subprocess.run([sys.executable, "-c", CODE[arm] + check], check=True, capture_output=True)
-        return Work(units=10)
+        for _ in range(args.starts):
+            subprocess.run([sys.executable, "-c", CODE[arm]], check=True, capture_output=True)
+        return Work(units=args.starts)
 
-    work()  # compiled files and the disk's cache
+    subprocess.run(
+        [sys.executable, "-c", CODE[arm]], check=True, capture_output=True
+    )  # compiled files, the disk's cache
     return work
 
 
 if __name__ == "__main__":
-    asks = "Start-up of the command"
-    bench(Question("startup", asks, "seconds a start", list(CODE), {"import torch": 1.0}, less_is_better=True), prepare)
+    bench(question, prepare, **OPTIONS)

@@ -135,15 +135,13 @@ class Roller:
                 self.counts["prefixes longer than the context"] += bool(ask.prefix)
                 found.append([])
                 continue
-            texts = tokenizer.batch_decode([ask.prefix + s.ids for s in samples], skip_special_tokens=True)
-            found.append(
-                [
-                    Rollout(
-                        ask.prefix + s.ids, len(ask.prefix), self.task.verify(problem, text).outcome.value, s.logprobs
-                    )
-                    for s, text in zip(samples, texts, strict=True)
-                ]
-            )
+            # Rollouts of a sure policy are often equal: each text is read and checked once.
+            different = list(dict.fromkeys(sample.ids for sample in samples))
+            texts = tokenizer.batch_decode([ask.prefix + ids for ids in different], skip_special_tokens=True)
+            outcome = {
+                ids: self.task.verify(problem, text).outcome.value for ids, text in zip(different, texts, strict=True)
+            }
+            found.append([Rollout(ask.prefix + s.ids, len(ask.prefix), outcome[s.ids], s.logprobs) for s in samples])
         return found
 
     def cut(self, ids: Sequence[int]) -> tuple[tuple[str, ...], tuple[int, ...]]:

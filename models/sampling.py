@@ -29,7 +29,9 @@ def filtered_probabilities(
     logits: torch.Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> torch.Tensor:
     """Probabilities [B, V] after temperature, then top-k, then top-p (the smallest set that reaches top_p is kept)."""
-    logits = logits.float() / temperature
+    logits = logits.float()
+    if temperature != 1:
+        logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -43,22 +45,31 @@ def filtered_probabilities(
     return probabilities
 
 
-def draw(logits: torch.Tensor, uniform: torch.Tensor | None, params: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids [B], log-probabilities [B] in nats) of one token a row, by inverting the cumulative distribution at `uniform` [B].
+def draw(
+    logits: torch.Tensor, uniform: torch.Tensor | None, params: Any, rows: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [S], log-probabilities [S] in nats) of one token a sample, by inverting the cumulative distribution at `uniform` [S].
 
-    `uniform` None is greedy, with log-probabilities at temperature 1. A token of probability zero is never drawn.
+    `rows` [S] says which row of logits [B, V] each sample reads; None is one sample a row. `uniform` None is greedy, with
+    log-probabilities at temperature 1. A token of probability zero is never drawn.
     """
+    rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
     if uniform is None:
         logprobs = logits.float().log_softmax(-1)
-        ids = logprobs.argmax(-1)
-        return ids, logprobs.gather(-1, ids[:, None]).squeeze(-1)
+        best = logprobs.argmax(-1)
+        return best[rows], logprobs.gather(-1, best[:, None]).squeeze(-1)[rows]
     probabilities = filtered_probabilities(logits, params.temperature, params.top_k, params.top_p)
     cumulative = probabilities.cumsum(-1)
-    target = uniform.to(cumulative.device, torch.float32)[:, None] * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # The samples of a row stand side by side, so that a row's distribution is made once and copied for none of them.
+    ordered, order = rows.sort(stable=True)
+    column = torch.empty_like(rows)  # of a sample among those of its row
+    column[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
+    target = cumulative.new_zeros(len(logits), int(column.max()) + 1)
+    target[rows, column] = uniform.to(cumulative.device, torch.float32) * cumulative[rows, -1]
+    ids = torch.searchsorted(cumulative, target, right=True)[rows, column]
     # Rounding can put the target at the total itself, and a parallel sum can rise where nothing was added: fall back on the
     # most probable token.
     inside = ids.clamp(max=logits.shape[-1] - 1)
-    good = (inside == ids) & (probabilities.gather(-1, inside[:, None]).squeeze(-1) > 0)
-    ids = torch.where(good, inside, probabilities.argmax(-1))
-    return ids, probabilities.gather(-1, ids[:, None]).squeeze(-1).log()
+    good = (inside == ids) & (probabilities[rows, inside] > 0)
+    ids = inside if bool(good.all()) else torch.where(good, inside, probabilities.argmax(-1)[rows])
+    return ids, probabilities[rows, ids].log()

@@ -7,18 +7,29 @@ from typing import Any
 
 import torch
 
+from .decoding import decoder_of
 from .engine import Request, Sample, Sampling, StopReason
 from .ledger import Ledger
-from .prefix_cache import PrefixCache, cache_keyword, row_of, stack_left_padded, supports_prefix_cache, to_dynamic_cache
+from .prefix_cache import (
+    Entry,
+    PrefixCache,
+    cache_keyword,
+    row_of,
+    stack_left_padded,
+    supports_prefix_cache,
+    to_dynamic_cache,
+)
 from .sampling import draw, uniforms
 
 
 class TransformersEngine:
     """Samples from `model` in batches of up to `batch_size` sequences.
 
-    Requests are sorted by length, a prefix is encoded once for all its samples, and finished sequences leave the batch. Every
-    sample has its own random numbers, so that batch composition can change it only through floating-point rounding. With
-    `cache`, keys and values of what was sampled are kept, and a request that extends a known prefix encodes only the rest.
+    Requests are sorted by length, a prefix is encoded once for all its samples, so is every token that several of them have in
+    common, prefixes of one another are encoded once (keys and values of up to `share_bytes` are kept during a call), and finished
+    sequences leave the batch. Every sample has its own random numbers, so that batch composition can change
+    it only through floating-point rounding. The ledger counts each sample's tokens, shared or not. With `cache`, keys and values of
+    what was sampled are kept, and a request that extends a known prefix encodes only the rest.
     """
 
     def __init__(
@@ -30,6 +41,7 @@ class TransformersEngine:
         batch_size: int = 256,
         cache: PrefixCache | None = None,
         ledger: Ledger | None = None,
+        share_bytes: int = 2**30,
     ) -> None:
         self.model = model.train(False)
         self.tokenizer = tokenizer
@@ -43,6 +55,8 @@ class TransformersEngine:
         eos = model.generation_config.eos_token_id if model.generation_config is not None else None
         eos = tokenizer.eos_token_id if eos is None else eos
         self.eos_ids = tuple(eos) if isinstance(eos, (list, tuple)) else (() if eos is None else (eos,))
+        self.share_bytes = share_bytes
+        self._extended: dict[tuple[int, ...], Entry] = {}  # prefix -> keys and values of one that begins with it
         self._scanners: dict[tuple[str, ...], StopScanner] = {}
 
     @torch.inference_mode()
@@ -50,8 +64,10 @@ class TransformersEngine:
         """Samples [len(requests)][len(request.seeds)], in the order asked."""
         results: list[list[Sample | None]] = [[None] * len(r.seeds) for r in requests]
         with self.ledger.timed():
+            self._encode_extended([request.prefix for request in requests if request.seeds])
             for batch in self._batches(requests):
                 self._run_batch(requests, batch, sampling, results)
+            self._extended.clear()
         return results  # type: ignore[return-value]
 
     def _batches(self, requests: Sequence[Request]) -> list[list[tuple[int, int, int]]]:
@@ -88,67 +104,65 @@ class TransformersEngine:
         prefixes = [requests[index].prefix for index, _, _ in batch]
         logits, cache, mask = self._prefill(prefixes)
 
-        # One row a sample from here on: the encoded prefixes are repeated, not encoded again.
+        # Samples of a prefix share a row of the model for as long as they hold the same tokens: from here on every row is
+        # another text, and what several samples have in common is computed once.
         owners = [(index, seed) for index, first, end in batch for seed in range(first, end)]
-        repeats = torch.tensor([end - first for _, first, end in batch], device=self.model.device)
-        expand = torch.repeat_interleave(torch.arange(len(batch), device=self.model.device), repeats)
-        if len(owners) > len(batch):
-            cache.batch_select_indices(expand)
-            logits, mask = logits[expand], mask[expand]
-        lengths = torch.tensor([len(p) for p in prefixes], device=self.model.device)[expand]
+        device = self.model.device
+        decoder = decoder_of(self.model, cache, mask, most=len(owners))
+        repeats = torch.tensor([end - first for _, first, end in batch], device=device)
+        rows = torch.repeat_interleave(torch.arange(len(batch), device=device), repeats)  # of the samples that go on
+        lengths = torch.tensor([len(p) for p in prefixes], device=device)[rows]
 
         scanner = self._scanner(sampling.stop)
-        limit = torch.clamp(self.context - lengths, max=sampling.max_new_tokens).tolist()
+        limits = torch.clamp(self.context - lengths, max=sampling.max_new_tokens)
         random = None
         if sampling.temperature > 0:
             random = uniforms([requests[i].seeds[s] for i, s in owners], sampling.max_new_tokens)
-        ids: list[list[int]] = [[] for _ in owners]
-        logprobs: list[list[float]] = [[] for _ in owners]
-        alive = list(range(len(owners)))
+        end_tokens = torch.tensor(self.eos_ids, dtype=torch.long, device=device)
+        ids = torch.zeros(len(owners), sampling.max_new_tokens, dtype=torch.long)
+        logprobs = torch.zeros(len(owners), sampling.max_new_tokens)
+        generated = 0
+        alive = torch.arange(len(owners))  # the samples that go on
         for position in range(sampling.max_new_tokens):
-            now, logp = draw(logits, None if random is None else random[alive, position], sampling)
-            maybe_stop = scanner.may_end(now).tolist()
-            finished = []
-            for row, (owner, token, value) in enumerate(zip(alive, now.tolist(), logp.tolist(), strict=True)):
-                ids[owner].append(token)
-                logprobs[owner].append(value)
-                stop = None
-                if token in self.eos_ids:
+            now, logp = draw(logits, None if random is None else random[alive, position], sampling, rows)
+            ids[alive, position], logprobs[alive, position] = now.cpu(), logp.cpu()
+            generated += len(alive)
+            ended, full = torch.isin(now, end_tokens).cpu(), (limits <= position + 1).cpu()
+            going = torch.ones(len(alive), dtype=torch.bool)
+            for place in (ended | full | scanner.may_end(now)).nonzero().squeeze(-1).tolist():
+                owner = int(alive[place])
+                if ended[place]:
                     stop = StopReason.EOS
-                elif maybe_stop[row] and scanner.ends(ids[owner]):
+                elif scanner.ends(ids[owner, max(0, position + 1 - scanner.tail) : position + 1].tolist()):
                     stop = StopReason.STOP
-                elif len(ids[owner]) >= limit[owner]:
+                elif full[place]:
                     stop = StopReason.LENGTH
-                if stop is not None:
-                    index, seed = owners[owner]
-                    results[index][seed] = Sample(tuple(ids[owner]), tuple(logprobs[owner]), stop)
-                    finished.append(row)
-                    if self.cache is not None and stop is not StopReason.EOS:
-                        # The last sampled token has not been encoded: it is left to the next request.
-                        prefix = requests[index].prefix + tuple(ids[owner][:-1])
-                        self.cache.put(prefix, row_of(cache, row, mask[row].nonzero().squeeze(-1)))
-            if len(finished) == len(alive):
+                else:
+                    continue
+                index, seed = owners[owner]
+                sampled = tuple(ids[owner, : position + 1].tolist())
+                results[index][seed] = Sample(sampled, tuple(logprobs[owner, : position + 1].tolist()), stop)
+                going[place] = False
+                if self.cache is not None and stop is not StopReason.EOS:
+                    # The last sampled token has not been encoded: it is left to the next request.
+                    self.cache.put(requests[index].prefix + sampled[:-1], decoder.row(int(rows[place])))
+            if not going.any():
                 break
-            if finished:
-                gone = set(finished)
-                keep = torch.tensor([r for r in range(len(alive)) if r not in gone], device=mask.device)
-                cache.batch_select_indices(keep)
-                mask, now, lengths = mask[keep], now[keep], lengths[keep]
-                alive = [owner for row, owner in enumerate(alive) if row not in gone]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-            logits = self.model(
-                input_ids=now[:, None],
-                attention_mask=mask,
-                position_ids=(lengths + position)[:, None],
-                use_cache=True,
-                logits_to_keep=1,
-                **{self._cache_keyword: cache},
-            ).logits[:, -1]
-        self.ledger.add_policy(self.parameters, generated=sum(map(len, ids)), calls=len(owners))
+            if not going.all():
+                alive, going = alive[going], going.to(device)
+                now, rows, lengths, limits = now[going], rows[going], lengths[going], limits[going]
+            # Equal text: the same row and the same token behind it.
+            texts, which = (rows * logits.shape[-1] + now).unique(return_inverse=True)
+            places = torch.tensor(decoder.become((texts // logits.shape[-1]).tolist()), device=device)
+            rows = places[which]
+            tokens, positions = torch.empty_like(places), torch.empty_like(places)
+            tokens[rows], positions[rows] = now, lengths + position
+            logits = decoder.step(tokens, positions)
+        self.ledger.add_policy(self.parameters, generated=generated, calls=len(owners))
 
     def _prefill(self, prefixes: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """(logits of the next token [B, V], key/value cache, mask [B, columns]) of prefixes padded on the left."""
-        known = [self.cache.longest(p, len(p) - 1) if self.cache is not None else (0, None) for p in prefixes]
+        known = [self._known(prefix) for prefix in prefixes]
         past = stack_left_padded([entry for _, entry in known])
         old = 0 if past is None else past.shape[3]
         new = max(len(p) - length for p, (length, _) in zip(prefixes, known, strict=True))
@@ -176,6 +190,38 @@ class TransformersEngine:
             self.parameters, prefilled=sum(len(p) - length for p, (length, _) in zip(prefixes, known, strict=True))
         )
         return logits, cache, mask
+
+    def _known(self, prefix: tuple[int, ...]) -> tuple[int, Entry | None]:
+        """(how many of the first tokens are encoded, their keys and values), never all of them: the last one gives the logits."""
+        if self.cache is not None:
+            return self.cache.longest(prefix, len(prefix) - 1)
+        if prefix in self._extended:
+            longer = self._extended[prefix].keys_values
+            return len(prefix) - 1, Entry(longer[:, :, : len(prefix) - 1])
+        return 0, None
+
+    def _encode_extended(self, prefixes: Sequence[tuple[int, ...]]) -> None:
+        """Encodes what others of the prefixes begin, so that those need their last token only: all prefixes of one solution."""
+        if self.cache is not None or not self.share_bytes or not supports_prefix_cache(self.model):
+            return
+        longest_of: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        longest: tuple[int, ...] = ()
+        # In reversed alphabetical order what begins with a prefix stands right before it.
+        for prefix in sorted({p for p in prefixes if 1 < len(p) < self.context}, reverse=True):
+            if longest[: len(prefix)] != prefix:
+                longest = prefix
+            longest_of.setdefault(longest, []).append(prefix)
+        shared = sorted((one for one, begins in longest_of.items() if len(begins) > 1), key=lambda one: (len(one), one))
+        room = self.share_bytes
+        for first in range(0, len(shared), self.batch_size):
+            batch = shared[first : first + self.batch_size]
+            _, cache, mask = self._prefill([one[:-1] for one in batch])
+            for row, one in enumerate(batch):
+                entry = Entry(row_of(cache, row, mask[row].nonzero().squeeze(-1)))
+                room -= entry.keys_values.numel() * entry.keys_values.element_size()
+                if room < 0:
+                    return
+                self._extended.update((prefix, entry) for prefix in longest_of[one])
 
     def _scanner(self, stop: tuple[str, ...]) -> StopScanner:
         if stop not in self._scanners:

@@ -209,3 +209,14 @@ def test_half_precision_logits_are_drawn_in_single_precision():
 def test_sampling_parameters_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**{"max_new_tokens": 1, **values})
+
+
+@pytest.mark.parametrize("params", [Sampling(1), Sampling(1, temperature=0.7, top_k=3), Sampling(1, temperature=0.0)])
+def test_samples_that_share_a_row_are_drawn_as_if_each_had_its_own(params):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 9, generator=generator)
+    rows = torch.tensor([2, 0, 2, 3, 0, 2, 3])  # row 1 has none
+    uniform = torch.rand(7, dtype=torch.float64, generator=generator) if params.temperature else None
+    found, want = draw(logits, uniform, params, rows), draw(logits[rows], uniform, params)
+    assert torch.equal(found[0], want[0])
+    assert torch.equal(found[1], want[1])

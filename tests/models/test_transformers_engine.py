@@ -151,6 +151,25 @@ def test_a_prefix_is_encoded_once_for_all_its_samples(lab_words, tiny_policy):
     assert ledger.seconds > 0
 
 
+def test_prefixes_of_one_another_are_encoded_once(lab_words, tiny_policy):
+    """All prefixes of a solution: the samples are those of each prefix encoded by itself."""
+    model = tiny_policy(lab_words)
+    solutions = [p for p in prefixes(lab_words, 8, seed=3, longest=40) if len(p) > 12]
+    assert len(solutions) > 3
+    asked = [one[:length] for one in solutions for length in (5, 9, len(one))]
+    asked.append(tuple(range(4, 12)))  # a prefix of none
+    requests = [Request(prefix, (fold_seed(i, 0), fold_seed(i, 1))) for i, prefix in enumerate(asked)]
+    together, apart = (TransformersEngine(model, lab_words, batch_size=10, share_bytes=n) for n in (2**30, 0))
+    found, want = together.generate(requests, Sampling(8)), apart.generate(requests, Sampling(8))
+    assert [[s.ids for s in one] for one in found] == [[s.ids for s in one] for one in want]
+    for one, other in zip(found, want, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), atol=1e-4, rtol=1e-4)
+    # All but the last token of a solution, and then the last one of each prefix.
+    assert together.ledger.prefilled_tokens == sum(len(one) - 1 + 3 for one in solutions) + 8
+    assert together.ledger.generated_tokens == apart.ledger.generated_tokens
+
+
 def test_a_request_with_more_samples_than_a_batch_is_cut(lab_words, tiny_policy):
     model = tiny_policy(lab_words)
     requests = requests_of(lab_words, 3, 10)
@@ -162,24 +181,36 @@ def test_a_request_with_more_samples_than_a_batch_is_cut(lab_words, tiny_policy)
     assert [[s.ids for s in one] for one in found] == [[s.ids for s in one] for one in whole]
 
 
-def test_finished_sequences_leave_the_batch(lab_words, tiny_policy):
-    model = tiny_policy(lab_words)
+def test_finished_sequences_leave_the_batch_and_equal_ones_are_one_row(lab_words, tiny_policy):
+    model = tiny_policy(lab_words, scale=2.0)
     requests = requests_of(lab_words, 40, 4)
     engine = TransformersEngine(model, lab_words, batch_size=1000)
     with forwards(model) as shapes:
         found = engine.generate(requests, Sampling(30))
-    lengths = [len(s.ids) for one in found for s in one]
+    samples = [(index, sample.ids) for index, one in enumerate(found) for sample in one]
+    lengths = [len(ids) for _, ids in samples]
     assert len(set(lengths)) > 5
-    # A forward after t sampled tokens has a row for each sample that goes on.
-    want = [sum(length > t for length in lengths) for t in range(1, max(lengths))]
+    # A forward after t sampled tokens has a row for each different text that goes on.
+    want = [len({(index, ids[:t]) for index, ids in samples if len(ids) > t}) for t in range(1, max(lengths))]
     assert [rows for rows, _ in shapes[1:]] == want
+    assert sum(want) < sum(sum(length > t for length in lengths) for t in range(1, max(lengths)))
+    # What samples share is counted for each of them: a sample costs what it costs alone.
+    assert engine.ledger.generated_tokens == sum(lengths)
+
+
+def test_equal_seeds_share_every_row(lab_words, tiny_policy):
+    model = tiny_policy(lab_words)
+    with forwards(model) as shapes:
+        [found] = TransformersEngine(model, lab_words).generate([Request((5, 6, 7), (1, 1, 1))], Sampling(10))
+    assert found[0] == found[1] == found[2]
+    assert {rows for rows, _ in shapes} == {1}
 
 
 def test_like_lengths_are_batched_together(lab_words, tiny_policy):
     model = tiny_policy(lab_words)
     requests = [Request((5,) * n, (0,)) for n in (20, 1, 19, 2, 18, 3)]
     with forwards(model) as shapes:
-        TransformersEngine(model, lab_words, batch_size=3).generate(requests, Sampling(1))
+        TransformersEngine(model, lab_words, batch_size=3, share_bytes=0).generate(requests, Sampling(1))
     assert shapes == [(3, 3), (3, 20)]
 
 
@@ -298,7 +329,7 @@ def test_stopped_samples_equal_unstopped_ones_up_to_the_stop(lab_words, tiny_pol
 
 def test_the_context_is_never_passed(lab_words, tiny_policy):
     model = tiny_policy(lab_words, context=16)
-    engine = TransformersEngine(model, lab_words)
+    engine = TransformersEngine(model, lab_words, share_bytes=0)
     requests = [Request((5,) * n, (3, 4)) for n in (15, 16, 17, 40, 10, 14)]
     with forwards(model) as shapes:
         found = engine.generate(requests, Sampling(50))
