@@ -192,13 +192,15 @@ def _cache_over(buffers: Buffers, cache: Any) -> Any:
             super().__init__()
             self.index, self.is_initialized = index, True
 
-        def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> tuple[Any, Any]:
+        def update(
+            self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             both = buffers.kept[2 * self.index : 2 * self.index + 2, : buffers.count]
-            both[0, :, :, buffers.columns] = keys[:, :, 0]
-            both[1, :, :, buffers.columns] = values[:, :, 0]
+            both[0, :, :, buffers.columns] = key_states[:, :, 0]
+            both[1, :, :, buffers.columns] = value_states[:, :, 0]
             return both[0], both[1]
 
-        def get_seq_length(self, *_: Any) -> int:
+        def get_seq_length(self, *args: Any) -> int:
             return buffers.columns
 
     over = DynamicCache()
