@@ -376,11 +376,16 @@ def generation_memory(shape: Shape, *, dtype: str, rows: int, prompts: int, prom
     width = BYTES[dtype]
     weights = float(shape.parameters() * width)
     cache = cache_bytes(shape, rows, prompt + new_tokens, width)
+    growing = cache / shape.layers  # a layer's keys and values are held twice while they grow
     # The logits of the last position, in float32 where they are not, and what drawing from them needs.
     logits = 12.0 * rows * shape.vocabulary
     layer = prompts * prompt * (3 * shape.intermediate + 2 * shape.hidden) * width  # while prompts are read
     return Memory(
-        weights=weights, cache=cache, logits=logits, activations=layer, peak=weights + max(cache + logits, layer)
+        weights=weights,
+        cache=cache,
+        logits=logits,
+        activations=layer,
+        peak=weights + max(cache + growing + logits, layer),
     )
 
 

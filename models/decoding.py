@@ -53,7 +53,7 @@ class Growing:
 
 
 class Buffers:
-    """Keys and values [2 x layers, B, heads, columns, head size] in one tensor with room for tokens and rows to come.
+    """Keys and values of each layer [2, B, heads, columns, head size] in one tensor with room for tokens and rows to come.
 
     `cache` is the cache of the encoded prefixes, padded on the left as `mask` [b, columns] says; `most` is how many rows there
     may ever be.
@@ -63,20 +63,21 @@ class Buffers:
         self.model, self.keyword = model, cache_keyword(model)
         self.count, self.columns = mask.shape
         first = cache.layers[0].keys
-        self.kept = self._room(first.new_empty(2 * len(cache.layers), most, first.shape[1], 0, first.shape[3]))
-        for index, layer in enumerate(cache.layers):
-            self.kept[2 * index, : self.count, :, : self.columns] = layer.keys
-            self.kept[2 * index + 1, : self.count, :, : self.columns] = layer.values
+        self.kept: list[torch.Tensor] = []
+        for layer in cache.layers:
+            self.kept.append(self._room(first.new_empty(2, most, first.shape[1], 0, first.shape[3])))
+            self.kept[-1][0, : self.count, :, : self.columns] = layer.keys
+            self.kept[-1][1, : self.count, :, : self.columns] = layer.values
         self.mask = first.new_full((most, 1, 1, self.columns + ROOM), float("-inf"))
         self.mask[: self.count, 0, 0, : self.columns].masked_fill_(mask.bool(), 0.0)
         self.cache = _cache_over(self, cache)
 
     def step(self, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Logits [B, V] of the next token behind `tokens` [B], which stand at `positions` [B]."""
-        if self.columns == self.kept.shape[3]:
-            before = self.kept
-            self.kept = self._room(before)
-            self.kept[:, : self.count, :, : self.columns] = before[:, : self.count]
+        if self.columns == self.kept[0].shape[3]:
+            for index, before in enumerate(self.kept):  # one after another: only one layer is held twice
+                self.kept[index] = self._room(before)
+                self.kept[index][:, : self.count, :, : self.columns] = before[:, : self.count]
             self.mask = torch.nn.functional.pad(self.mask, (0, ROOM), value=float("-inf"))
         self.mask[: self.count, :, :, self.columns] = 0.0
         with _attention(self.model):
@@ -107,9 +108,10 @@ class Buffers:
             places[i] = next(free)
         if copies:
             to = torch.tensor([places[i] for i in copies], device=self.mask.device)
-            source = torch.tensor([sources[i] for i in copies], device=self.mask.device)
-            self.kept.index_copy_(1, to, self.kept.index_select(1, source))
-            self.mask[to] = self.mask[source]
+            origins = torch.tensor([sources[i] for i in copies], device=self.mask.device)
+            for layer in self.kept:
+                layer.index_copy_(1, to, layer.index_select(1, origins))
+            self.mask[to] = self.mask[origins]
         self.count = len(sources)
         return places
 
@@ -122,7 +124,8 @@ class Buffers:
 
     def row(self, row: int) -> torch.Tensor:
         """[2 x layers, heads, tokens, head size]: keys and values of what a row has encoded."""
-        return self.kept[:, row, :, (self.mask[row, 0, 0] == 0).nonzero().squeeze(-1)]
+        columns = (self.mask[row, 0, 0] == 0).nonzero().squeeze(-1)
+        return torch.cat([layer[:, row, :, columns] for layer in self.kept])
 
 
 def decoder_of(model: Any, cache: Any, mask: torch.Tensor, most: int) -> Growing | Buffers:
@@ -195,7 +198,7 @@ def _cache_over(buffers: Buffers, cache: Any) -> Any:
         def update(
             self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            both = buffers.kept[2 * self.index : 2 * self.index + 2, : buffers.count]
+            both = buffers.kept[self.index][:, : buffers.count]
             both[0, :, :, buffers.columns] = key_states[:, :, 0]
             both[1, :, :, buffers.columns] = value_states[:, :, 0]
             return both[0], both[1]

@@ -109,6 +109,7 @@ class TransformersEngine:
         owners = [(index, seed) for index, first, end in batch for seed in range(first, end)]
         device = self.model.device
         decoder = decoder_of(self.model, cache, mask, most=len(owners))
+        del cache, mask  # where the decoder copied them they would be held twice
         repeats = torch.tensor([end - first for _, first, end in batch], device=device)
         rows = torch.repeat_interleave(torch.arange(len(batch), device=device), repeats)  # of the samples that go on
         lengths = torch.tensor([len(p) for p in prefixes], device=device)[rows]
