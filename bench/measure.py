@@ -52,6 +52,10 @@ class Work:
     flops: float = 0.0  # 2 x parameters x tokens forward, three times that with a backward
     same: Any = None  # what must agree between arms where the question says "the same result": a number, a list of them, or text
     cost: float | None = None  # what is compared in place of seconds: calls, bytes
+    uncounted: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # seconds on the clock and of the processor that the question leaves out
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -195,10 +199,15 @@ def _serve(prepare: Prepare, args: argparse.Namespace) -> None:
 
 def once(work: Callable[[], Work]) -> dict[str, Any]:
     """One timed piece of work: seconds on the clock, processor seconds (of ended child processes too), and what it did."""
-    cpu, began = sum(os.times()[:4]), time.perf_counter()
+    began = now()
     done = work()
-    seconds = time.perf_counter() - began
-    return {"seconds": seconds, "cpu_seconds": sum(os.times()[:4]) - cpu, **asdict(done)}
+    spent = [end - start - less for start, end, less in zip(began, now(), done.uncounted, strict=True)]
+    return {"seconds": spent[0], "cpu_seconds": spent[1], **asdict(done)}
+
+
+def now() -> tuple[float, float]:
+    """Seconds on the clock, and of the processor by this process and its ended children."""
+    return time.perf_counter(), sum(os.times()[:4])
 
 
 def summary(question: Question, measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,11 +27,13 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+    import stepladder
     from stepladder.config import build
     from stepladder.models.loading import load_model, load_policy_format, load_tokenizer
     from stepladder.tasks.load import load_task
     from stepladder.trainers.rl_arguments import RLArguments
 
+    args.policy = args.policy or str(Path(stepladder.__path__[0]) / "models" / "lab_policy")
     task = load_task(yaml.safe_load(args.task))
     about = build(
         RLArguments,
@@ -168,6 +171,6 @@ if __name__ == "__main__":
             "ppo", "PPO, one rollout and its updates", "seconds an optimiser step", ARMS,
             targets={"separate forwards": 1.5}, less_is_better=True,
         ),
-        prepare, policy="models/smollm2", task=CHAIN, prompts=8, samples=4, rollouts=2, batch=8, max_new_tokens=64,
+        prepare, policy="", task=CHAIN, prompts=8, samples=4, rollouts=2, batch=8, max_new_tokens=64,
         dtype="float32",
     )  # fmt: skip

@@ -39,9 +39,40 @@ class Row:
     also: str = ""  # options that are left out where they name something that was not given
 
 
+WORD_PROBLEMS = "'--task={{kind: word_problems, folder: {word_problems}}}'"
 ROWS: dict[str, Row] = {
     "startup": Row("startup.py", tiny="--starts=1", repetitions=3),
-    "packing": Row("packing.py", tiny="--rows=8 --batch=4"),
+    "labels_lab": Row("labels.py", tiny="--problems=2 --alone=1 --rollouts=2 --max-new-tokens=8", repetitions=3),
+    "labels_smollm2": Row(
+        "labels.py",
+        f"--policy={{smollm2}} {WORD_PROBLEMS} --dtype=bfloat16 --problems=24 --alone=6 --batch-size=128 "
+        "--max-new-tokens=48 --problem-target=4 --sorted-target=0",
+        repetitions=2,
+    ),
+    "decode_64": Row("decode.py", "--model={smollm2} --batch=64", also="--vllm-python={vllm_python}", repetitions=3),
+    "decode_128": Row("decode.py", "--model={smollm2} --batch=128", also="--vllm-python={vllm_python}", repetitions=3),
+    "packing": Row("packing.py", tiny="--rows=8 --batch=4", repetitions=3),
+    "prm_training": Row(
+        "prm_training.py",
+        "--policy={smollm2} --file={prm800k}/phase1_train_nested.jsonl.gz --rows=32 --max-length=768",
+        repetitions=2,
+    ),
+    "step_dpo": Row(
+        "step_dpo.py",
+        "--policy={smollm2} --file={prm800k}/phase1_train_step_pairs.jsonl.gz --pairs=16 --steps=2 --max-length=768",
+        repetitions=2,
+    ),
+    "step_dpo_float32": Row(
+        "step_dpo.py",
+        "--policy={smollm2} --file={prm800k}/phase1_train_step_pairs.jsonl.gz --pairs=8 --steps=2 --max-length=512 "
+        "--precision=no",
+        repetitions=1,
+    ),
+    "ppo_lab": Row("ppo.py", "--prompts=32 --batch=32", repetitions=3),
+    "ppo_smollm2": Row("ppo.py", f"--policy={{smollm2}} {WORD_PROBLEMS} --max-new-tokens=48", repetitions=2),
+    "two_processes_data": Row("two_processes.py", "--work=data", "--work=data --problems=8", repetitions=3),
+    "two_processes_training": Row("two_processes.py", "--work=training", "--work=training --problems=8", repetitions=3),
+    "data_growth": Row("data_growth.py", "--problems=100", "--problems=2", repetitions=2),
 }
 
 _PREFACE = """\

@@ -1,0 +1,53 @@
+"""The scripts of bench/ at a size that says nothing of speed: they run, their arms agree, and the page is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import stepladder
+
+ROOT = Path(stepladder.__path__[0])
+TINY = {
+    "startup": ["--starts=1"],
+    "labels": ["--problems=2", "--alone=1", "--rollouts=2", "--max-new-tokens=8"],
+    "packing": ["--rows=8", "--batch=4"],
+    "ppo": ["--prompts=4", "--samples=2", "--rollouts=1", "--batch=4", "--max-new-tokens=8"],
+}
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_a_script_measures_its_arms(script: str, tmp_path: Path) -> None:
+    out = tmp_path / "record.json"
+    ended = subprocess.run(
+        [sys.executable, ROOT / "bench" / f"{script}.py", *TINY[script], "--repetitions=1", f"--out={out}"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        cwd=tmp_path,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    record = json.loads(out.read_text())
+    assert record["ratios"]
+    assert all(one["ratio"] > 0 for one in record["ratios"].values())
+    assert record["agree"] is not False
+    assert {"threads", "versions", "matmul_flops_per_second"} <= set(record["machine"])
+
+
+def test_the_list_names_every_script_that_measures() -> None:
+    ended = subprocess.run(
+        [sys.executable, ROOT / "bench" / "run_all.py", "--list", "--smollm2=m", "--word-problems=w", "--prm800k=p"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    listed = {line.split("bench/")[1].split(".py")[0] for line in ended.stdout.splitlines()}
+    measuring = {
+        path.stem for path in (ROOT / "bench").glob("*.py") if "from measure import Question" in path.read_text()
+    }
+    assert listed == measuring
