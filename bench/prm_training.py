@@ -41,7 +41,8 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
     common = {
         "output_dir": folder, "per_device_train_batch_size": args.batch, "max_steps": args.steps, "learning_rate": 1e-5,
         "gradient_accumulation_steps": args.rows // args.batch, "logging_steps": 1, "lr_scheduler_type": "constant",
-        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "bf16": args.precision == "bf16", "seed": 0,
+        "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "seed": 0,
+        "bf16": args.precision == "bf16", "use_cpu": True,
     }  # fmt: skip
     about = build(
         PRMArguments,

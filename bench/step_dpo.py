@@ -46,7 +46,7 @@ def schedule(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "output_dir": folder, "per_device_train_batch_size": args.batch, "max_steps": args.steps, "beta": 0.1,
         "gradient_accumulation_steps": args.pairs // args.batch, "learning_rate": 1e-5, "logging_steps": 1,
         "lr_scheduler_type": "constant", "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "bf16": args.precision == "bf16", "seed": 0,
+        "bf16": args.precision == "bf16", "use_cpu": True, "seed": 0,
     }  # fmt: skip
 
 

@@ -68,8 +68,8 @@ class StepladderArguments(TrainingArguments):
             raise ValueError(f"length_window must be 1 or more, found {self.length_window}")
         if self.lora_r < 0:
             raise ValueError(f"lora_r must be 0 or more, found {self.lora_r}")
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-            # Not told this, transformers would train as many models as there are processes.
+        if not torch.accelerator.is_available() and (self.bf16 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
+            # Not told this, transformers refuses bf16, and trains as many models as there are processes.
             self.use_cpu = True
         if self.use_cpu or not torch.accelerator.is_available():
             self.dataloader_pin_memory = False  # torch warns of it at every epoch where there is nothing to pin for

@@ -332,6 +332,13 @@ def test_held_out_rows_are_checked_too_and_labels_are_no_layout(settings, train,
         train("prm", values)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there it is the accelerator's to say")
+def test_bf16_is_taken_on_a_cpu(settings, train) -> None:
+    values = settings("prm", bf16=True, max_steps=1)
+    del values["use_cpu"]
+    assert len(train("prm", values).lines) > 0
+
+
 # --- the end of a process among others --------------------------------------------------------------------------------
 
 _ABORTS_AT_ITS_END = """
