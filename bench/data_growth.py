@@ -26,24 +26,24 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
     from stepladder.launch.making import make_solutions, make_step_labels
     from stepladder.launch.options_data import Solutions, StepLabelling
 
-    folder = Path(tempfile.mkdtemp())
     common = {
         "policy": str(Path(stepladder.__path__[0]) / "models" / "lab_policy"), "max_new_tokens": 64,
         "task": {"kind": "chain", "p": 7, "min_steps": 3, "max_steps": 6, "sizes": {"train": 20000, "dev": 20, "test": 20}},
     }  # fmt: skip
 
-    def both(problems: int, name: str) -> float:
-        solutions, labels = folder / f"{name}-solutions", folder / f"{name}-labels"
+    def both(problems: int) -> float:
+        folder = Path(tempfile.mkdtemp())  # a new one each time: what is finished would be skipped
+        solutions, labels = folder / "solutions", folder / "labels"
         make_solutions(build(Solutions, {**common, "limit": problems, "samples": 4}), solutions)
         given = {**common, "solutions": str(solutions), "per_problem": 1, "rollouts": 4}
         make_step_labels(build(StepLabelling, given), labels)
         return sum(read_about(one)["ledger"]["generated_tokens"] for one in (solutions, labels))
 
-    both(16, "first")
+    both(16)
     problems = args.problems * (10 if arm == ARMS[0] else 1)
 
     def work() -> Work:
-        return Work(units=problems, tokens=both(problems, "measured"))
+        return Work(units=problems, tokens=both(problems))
 
     return work
 
@@ -51,5 +51,5 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
 if __name__ == "__main__":
     bench(
         Question("data_growth", "Data generation at ten times the problems", "problems a second", ARMS, {"the problems": 1.0}),
-        prepare, problems=200,
+        prepare, problems=100,
     )  # fmt: skip

@@ -73,8 +73,10 @@ ROWS: dict[str, Row] = {
         "ppo.py", f"--policy={{smollm2}} {WORD_PROBLEMS} --prompts=4 --rollouts=1 --max-new-tokens=48", repetitions=2
     ),
     "two_processes_data": Row("two_processes.py", "--work=data", "--work=data --problems=8", repetitions=3),
-    "two_processes_training": Row("two_processes.py", "--work=training", "--work=training --problems=8", repetitions=3),
-    "data_growth": Row("data_growth.py", "--problems=100", "--problems=2", repetitions=2),
+    "two_processes_training": Row(
+        "two_processes.py", "--work=training --problems=1024", "--work=training --problems=8", repetitions=3
+    ),
+    "data_growth": Row("data_growth.py", tiny="--problems=2", repetitions=2),
 }
 
 _PREFACE = """\

@@ -45,28 +45,15 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
         command += ["--samples", "16", "--max_new_tokens", "64", "--unit_problems", str(max(args.problems // 8, 1))]
 
         def work() -> Work:
-            out = folder / "rows"
+            out = Path(tempfile.mkdtemp(dir=folder))  # what is finished would be skipped
             run([[*command, "--out", str(out), "--shard", f"{i}/{processes}"] for i in range(processes)])
             ledger = read_about(out)["ledger"]
             return Work(units=ledger["generated_tokens"], tokens=ledger["generated_tokens"], flops=ledger["flops"])
 
         return work
     answers, labels = folder / "answers", folder / "labels"
-    main(
-        [
-            "data",
-            "solutions",
-            "--policy",
-            lab,
-            *problems,
-            "--samples",
-            "4",
-            "--max_new_tokens",
-            "64",
-            "--out",
-            str(answers),
-        ]
-    )
+    sampling = ["--samples", "4", "--max_new_tokens", "64", "--out", str(answers)]
+    main(["data", "solutions", "--policy", lab, *problems, *sampling])
     main(["data", "checker_labels", "--solutions", str(answers), *problems[:2], "--out", str(labels)])
     settings = {
         "model": lab, "rows": str(labels), "output_dir": str(folder / "prm"), "max_length": 160, "use_cpu": True,
@@ -89,5 +76,5 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
 if __name__ == "__main__":
     bench(
         Question("two_processes", "Two processes, one thread each", "tokens or rows a second", ARMS, {"one process": 1.7}),
-        prepare, work="data", problems=1024,
+        prepare, work="data", problems=4096,
     )  # fmt: skip
