@@ -374,5 +374,5 @@ def test_a_backend_that_aborts_at_the_end_fails_no_training(group: str, status: 
     )
     assert ended.returncode == status, ended.stderr
     if group:
-        assert ended.stdout == "trained out\n"
+        assert ended.stdout.endswith("trained out\n")  # transformers says first that W&B is offline, where it is
     assert (tmp_path / "said").read_text() == "the tracker has finished"
