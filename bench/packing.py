@@ -29,7 +29,7 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
     from stepladder.models.lab import lab_config, lab_tokenizer
     from stepladder.models.step_format import StepFormat
     from stepladder.tasks.chain import ChainArith
-    from stepladder.trainers.common import LikeLengths
+    from stepladder.trainers.examples import LikeLengths
     from stepladder.trainers.forward import trained_logits
     from stepladder.trainers.losses import aligned_cross_entropy
     from stepladder.trainers.sft import collate, dialogue_example, pack

@@ -1,4 +1,4 @@
-"""What every trainer shares: batches of like lengths, a loss divided by what it is a mean of, exact resume, whole checkpoints."""
+"""What every trainer shares: a loss divided by what it is a mean of, exact resume, whole checkpoints, a clean end."""
 
 from __future__ import annotations
 
@@ -7,148 +7,25 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
 
-from ..basics import UserError, fold_seed, make_folder, write_atomic, write_json
-from ..config import from_command_line, option
-from ..data_gen.store import read_rows
-from ..models.loading import load_model, load_policy_format, load_tokenizer
-from ..models.step_format import FILE_NAME, StepFormat
+from ..basics import UserError, make_folder, write_atomic, write_json
+from ..config import from_command_line
+from ..models.loading import load_model
+from ..models.step_format import StepFormat
+from .arguments import StepladderArguments, flag
+from .examples import Examples, LikeLengths
 
 HEADS = ("score", "classifier")  # names of the head in transformers' token-classification models
 FSDP2, FSDP1 = "FSDPModule (fully_shard)", "FullyShardedDataParallel"
 ENGINE = "engine.json"  # in the output folder: what really trained the model
 WHOLE = "whole.json"  # written into a checkpoint after everything else: without it the checkpoint was cut short
-
-
-@dataclass
-class StepladderArguments(TrainingArguments):
-    """What all trainers are told, beside everything that transformers.TrainingArguments takes.
-
-    Defaults that differ from the parent's: no tracker unless asked, batches of like lengths, the last checkpoint kept.
-    """
-
-    model: str = option("", "the checkpoint to start from: a folder or a hub id")
-    rows: str = option("", "rows to train on: a finished folder, a parquet or a JSON Lines file")
-    eval_rows: str = option("", "rows to compute the evaluation loss on; empty for none")
-    max_length: int = option(1024, "longest sequence in tokens; what does not fit is counted and printed")
-    lora_r: int = option(0, "rank of LoRA adapters; 0 trains all weights")
-    lora_alpha: int = option(32, "LoRA scale: updates are multiplied by lora_alpha / lora_r")
-    lora_dropout: float = option(0.0, "dropout inside LoRA adapters")
-    dtype: str = option("float32", "precision of the weights: float32, bfloat16, float16 or auto")
-    max_rows: int = option(0, "use at most this many rows, drawn with the seed; 0 for all")
-    like_lengths: bool = option(
-        True, "put sequences of like lengths in one batch, so that padding is not what is trained"
-    )
-    length_window: int = option(
-        50, "optimiser steps sorted by length together; 1: each holds all lengths, and only its micro-batches are alike"
-    )
-
-    output_dir: str = option("", "the folder that the checkpoint is written to")
-    report_to: str | list[str] | None = option("none", "trackers: none, wandb, tensorboard ...")
-    save_total_limit: int | None = option(1, "checkpoints kept while training")
-    logging_steps: float = option(10, "optimiser steps between two lines of metrics.jsonl")
-    remove_unused_columns: bool = option(False, "batches carry targets and weights that no model takes")
-    lr_scheduler_type: Any = option("cosine", "learning-rate schedule")
-
-    def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ValueError("output_dir is missing: the folder that the checkpoint is written to")
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be 2 or more, found {self.max_length}")
-        if self.length_window < 1:
-            raise ValueError(f"length_window must be 1 or more, found {self.length_window}")
-        if self.lora_r < 0:
-            raise ValueError(f"lora_r must be 0 or more, found {self.lora_r}")
-        if not torch.accelerator.is_available() and (self.bf16 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
-            # Not told this, transformers refuses bf16, and trains as many models as there are processes.
-            self.use_cpu = True
-        if self.use_cpu or not torch.accelerator.is_available():
-            self.dataloader_pin_memory = False  # torch warns of it at every epoch where there is nothing to pin for
-        if self.use_cpu and _flag("ACCELERATE_USE_FSDP"):
-            # With it only the first process loads weights; accelerate (1.15) shards nothing between CPU processes, and the
-            # others would stay empty. TellEngine says what was built.
-            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-        if _flag("ACCELERATE_USE_DEEPSPEED") and not (self.bf16 or self.fp16):
-            # transformers takes the precision of accelerate's configuration, and then refuses it for not being these.
-            self.bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-            self.fp16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"
-        super().__post_init__()
-
-    def check_given(self, *names: str) -> None:
-        """Raises ValueError for the first of the named fields that is empty."""
-        for name in names:
-            if not getattr(self, name):
-                raise ValueError(f"{name} is missing: {type(self).__dataclass_fields__[name].metadata['help']}")
-
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() in ("1", "true", "yes")
-
-
-class Examples(Dataset):
-    """Tokenised examples in memory, each a mapping with `input_ids`: one sequence, or those of both sides of a pair."""
-
-    def __init__(self, items: Sequence[dict[str, Any]]) -> None:
-        self.items = list(items)
-        # A pair is as long as its longer side.
-        self.lengths = [
-            max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
-            for ids in (item["input_ids"] for item in self.items)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
-
-
-class LikeLengths(Sampler[int]):
-    """All indices once an epoch, shuffled, with like lengths beside each other; the order is a function of (seed, epoch).
-
-    `pool` batches are sorted together. Where lengths tell something of the targets, as those of solutions that are trained up
-    to their first error do, batches of one length are batches of one target: with a pool of 1 each batch is drawn at random
-    and only sorted inside, so that its micro-batches, and the shares of the processes, are of like lengths.
-
-    transformers' own length-grouped sampler draws from the global generator, so that a resumed epoch has another order.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch: int, seed: int, *, group: bool = True, pool: int = 50) -> None:
-        self.lengths, self.batch, self.seed, self.group, self.pool = lengths, batch, seed, group, pool
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(fold_seed(self.seed, "epoch", self.epoch) % 2**62)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        if not self.group:
-            return iter(order)
-        size = self.batch * self.pool
-        grouped = [
-            i
-            for start in range(0, len(order), size)
-            for i in sorted(order[start : start + size], key=lambda j: self.lengths[j])
-        ]
-        batches = [grouped[s : s + self.batch] for s in range(0, len(grouped), self.batch)]
-        # The short last batch stays last; the others are shuffled so that a step's length says nothing about its time.
-        whole = [b for b in batches if len(b) == self.batch]
-        rest = [b for b in batches if len(b) < self.batch]
-        shuffled = torch.randperm(len(whole), generator=generator).tolist()
-        return iter([i for b in [*(whole[k] for k in shuffled), *rest] for i in b])
 
 
 class StepladderTrainer(Trainer):
@@ -332,11 +209,11 @@ class TellEngine(TrainerCallback):
                 f"{started} processes were started, but each would train a model of its own ({built}): "
                 "to train on CPUs, set use_cpu: true"
             )
-        if (_flag("ACCELERATE_USE_FSDP") or args.fsdp) and found["engine"] not in (FSDP1, FSDP2):
+        if (flag("ACCELERATE_USE_FSDP") or args.fsdp) and found["engine"] not in (FSDP1, FSDP2):
             raise UserError(
                 f"FSDP was asked for, but the model is not sharded ({built}): accelerate does so on GPUs only"
             )
-        if (_flag("ACCELERATE_USE_DEEPSPEED") or args.deepspeed) and found["zero_stage"] is None:
+        if (flag("ACCELERATE_USE_DEEPSPEED") or args.deepspeed) and found["zero_stage"] is None:
             raise UserError(f"DeepSpeed was asked for, but not built ({built}): unset ACCELERATE_USE_CPU")
 
 
@@ -358,99 +235,6 @@ def _drop_old_checkpoints(folder: str, limit: int | None, best: str | None) -> N
         if best is None or old.name != Path(best).name:
             (old / WHOLE).unlink(missing_ok=True)  # first: what is half deleted is not whole
             shutil.rmtree(old, ignore_errors=True)
-
-
-def pad_batch(items: Sequence[dict[str, Any]], fill: dict[str, float]) -> dict[str, torch.Tensor]:
-    """Tensors [B, longest] of the per-token fields in `fill`, padded on the right with its values, and `attention_mask`."""
-    longest = max(len(item["input_ids"]) for item in items)
-    batch = {}
-    for name, value in fill.items():
-        rows = [list(item[name]) + [value] * (longest - len(item[name])) for item in items]
-        batch[name] = torch.tensor(rows)
-    lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
-    return batch
-
-
-def pick_rows(rows: Sequence[Any], limit: int, seed: int) -> list[Any]:
-    """`limit` rows drawn with the seed, in their order; all if `limit` is 0."""
-    if not limit or limit >= len(rows):
-        return list(rows)
-    generator = torch.Generator().manual_seed(fold_seed(seed, "rows") % 2**62)
-    return [rows[i] for i in sorted(torch.randperm(len(rows), generator=generator)[:limit].tolist())]
-
-
-def picked(args: StepladderArguments, path: str, row_type: type) -> list[Any]:
-    """The rows of a file or folder that are trained on, at most `args.max_rows`."""
-    return pick_rows(read_rows(path, row_type), args.max_rows, args.seed)
-
-
-# Makes an example of a row, or counts why it makes none.
-MakeExample = Callable[[Any, Counter[str]], dict[str, Any] | None]
-
-
-def read_examples(
-    args: StepladderArguments, row_type: type, make: MakeExample, *, rows: Sequence[Any] | None = None
-) -> tuple[Examples, Examples | None]:
-    """Examples of `args.rows` (of `rows` if they were read already), and of `args.eval_rows` if they are given.
-
-    Prints what was kept and what was lost. Raises UserError if nothing is left of one of them.
-    """
-
-    def examples(path: str, rows: Sequence[Any] | None = None) -> Examples:
-        counts: Counter[str] = Counter()
-        rows = picked(args, path, row_type) if rows is None else rows
-        items = [item for row in rows if (item := make(row, counts)) is not None]
-        report_counts(path, counts)
-        if not items:
-            told = ", ".join(f"{n} {what}" for what, n in counts.items())
-            raise UserError(f"{path}: no row can be trained on ({told}; max_length {args.max_length})")
-        return Examples(items)
-
-    return examples(args.rows, rows), examples(args.eval_rows) if args.eval_rows else None
-
-
-def counted(made: tuple[dict[str, Any] | None, str], counts: Counter[str]) -> dict[str, Any] | None:
-    """The example of (example, what happened to its row), which is counted."""
-    counts[made[1]] += 1
-    return made[0]
-
-
-def policy_format(args: StepladderArguments, tokenizer: Any, separator: str) -> StepFormat:
-    """The step format of the policy `args.model`. Raises UserError for a reward model."""
-    step_format = load_policy_format(args.model, tokenizer, separator)
-    if step_format.head != "none":
-        raise UserError(
-            f"{args.model}: its step format says head: {step_format.head}, so it is a reward model and not a policy"
-        )
-    return step_format
-
-
-def report_counts(what: str, counts: Mapping[str, int]) -> None:
-    """Prints one line with what was kept and what was lost, from the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"{what}: " + ", ".join(f"{n} {name}" for name, n in counts.items()), flush=True)
-
-
-def check_rows_layout(args: StepladderArguments, step_format: StepFormat) -> None:
-    """Raises UserError if a folder of rows has a step format that lays text out differently from the model's.
-
-    Rows are text: to train another kind of model on them, give the file of rows instead of its folder.
-    """
-    for folder in (args.rows, args.eval_rows):
-        if folder and Path(folder).is_dir() and Path(folder, FILE_NAME).is_file():
-            check_layout(StepFormat.load(folder), step_format, folder)
-
-
-def check_layout(rows_layout: StepFormat, model_layout: StepFormat, where: str) -> None:
-    """Raises UserError if two step formats lay text out differently."""
-    theirs, ours = rows_layout.layout(), model_layout.layout()
-    for name in ours:
-        if theirs[name] != ours[name]:
-            raise UserError(
-                f"{where}: the step format of the data has {name} {theirs[name]!r}, the model's has {ours[name]!r}; "
-                "scores would be read at the wrong tokens"
-            )
 
 
 def start_model(
@@ -580,17 +364,3 @@ def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-__all__ = [
-    "Examples",
-    "StepladderArguments",
-    "StepladderTrainer",
-    "fit",
-    "load_tokenizer",
-    "pad_batch",
-    "pick_rows",
-    "report_counts",
-    "run_trainer",
-    "start_model",
-]

@@ -20,7 +20,9 @@ from ..basics import make_folder
 from ..models.loading import load_model
 from ..models.step_format import Encoded, StepFormat
 from . import losses
-from .common import HEADS, Examples, MetricsFile, StepladderArguments, StepladderTrainer, fit, pad_batch, start_model
+from .arguments import StepladderArguments
+from .common import HEADS, MetricsFile, StepladderTrainer, fit, start_model
+from .examples import Examples, pad_batch
 
 JOINT = "joint"  # in the output folder, while the two checkpoints are made of it
 

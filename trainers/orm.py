@@ -11,7 +11,8 @@ from ..data_gen.rows import Solution
 from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
-from .common import read_examples, run_trainer
+from .common import run_trainer
+from .examples import read_examples
 from .joint import language_labels, train_joint
 from .reward import RewardArguments, reward_format, target_example, train_reward
 

@@ -11,7 +11,8 @@ from ..config import option
 from ..data_gen.rows import StepLabels, step_targets, td_targets
 from ..models.loading import load_tokenizer
 from ..models.step_format import LabelKind, StepFormat
-from .common import picked, read_examples, run_trainer
+from .common import run_trainer
+from .examples import picked, read_examples
 from .reward import RewardArguments, reward_format, target_example, train_reward
 
 KINDS = ("hard", "soft", "threshold", "td")

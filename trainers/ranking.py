@@ -15,17 +15,9 @@ from ..data_gen.rows import Pair
 from ..models.loading import load_policy_format, load_tokenizer
 from ..models.step_format import Aggregation, StepFormat
 from . import losses
-from .common import (
-    MetricsFile,
-    StepladderArguments,
-    StepladderTrainer,
-    check_rows_layout,
-    fit,
-    pad_batch,
-    read_examples,
-    run_trainer,
-    start_model,
-)
+from .arguments import StepladderArguments
+from .common import MetricsFile, StepladderTrainer, fit, run_trainer, start_model
+from .examples import check_rows_layout, pad_batch, read_examples
 
 
 @dataclass

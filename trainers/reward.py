@@ -9,21 +9,14 @@ from typing import Any, get_args
 
 import torch
 
+from ..basics import make_folder
 from ..config import option
 from ..models.loading import load_policy_format
 from ..models.step_format import Aggregation, Encoded, Head, LabelKind, StepFormat
 from . import losses
-from .common import (
-    Examples,
-    MetricsFile,
-    StepladderArguments,
-    StepladderTrainer,
-    check_rows_layout,
-    fit,
-    make_folder,
-    pad_batch,
-    start_model,
-)
+from .arguments import StepladderArguments
+from .common import MetricsFile, StepladderTrainer, fit, start_model
+from .examples import Examples, check_rows_layout, pad_batch
 
 
 @dataclass

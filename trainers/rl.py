@@ -26,18 +26,8 @@ from ..tasks.load import load_task
 from . import rewards as earned
 from . import rl_math
 from .actor_critic import ActorCritic, TrainingEngine, vllm_engine
-from .common import (
-    Examples,
-    MetricsFile,
-    StepladderTrainer,
-    fit,
-    merge_adapter,
-    plain_class,
-    policy_format,
-    report_counts,
-    run_trainer,
-    start_model,
-)
+from .common import MetricsFile, StepladderTrainer, fit, merge_adapter, plain_class, run_trainer, start_model
+from .examples import Examples, policy_format, report_counts
 from .rl_arguments import RLArguments
 from .rl_batches import add_advantages, cut, layout, micro_batches, problems_of
 from .step_judges import StepJudge, step_judge

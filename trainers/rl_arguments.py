@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import option
 from . import rewards, rl_math
-from .common import StepladderArguments
+from .arguments import StepladderArguments
 
 ALGORITHMS = ("ppo", "rloo", "grpo")
 # What other trainers count in optimiser steps or rows, and what says it here.

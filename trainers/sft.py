@@ -21,21 +21,9 @@ from ..data_gen.rows import Dialogue
 from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
-from .common import (
-    Examples,
-    MetricsFile,
-    StepladderArguments,
-    StepladderTrainer,
-    check_rows_layout,
-    counted,
-    fit,
-    pad_batch,
-    policy_format,
-    read_examples,
-    report_counts,
-    run_trainer,
-    start_model,
-)
+from .arguments import StepladderArguments
+from .common import MetricsFile, StepladderTrainer, fit, run_trainer, start_model
+from .examples import Examples, check_rows_layout, counted, pad_batch, policy_format, read_examples, report_counts
 from .forward import takes_positions, trained_logits
 
 

@@ -12,7 +12,9 @@ from ..data_gen.rows import Tree
 from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
-from .common import StepladderArguments, check_rows_layout, policy_format, read_examples, run_trainer
+from .arguments import StepladderArguments
+from .common import run_trainer
+from .examples import check_rows_layout, policy_format, read_examples
 from .joint import language_labels, train_joint
 from .reward import target_example
 

@@ -31,14 +31,8 @@ from stepladder.data_gen.rows import Dialogue, Message, Pair, Source, StepLabels
 from stepladder.models.loading import load_tokenizer
 from stepladder.models.step_format import StepFormat
 from stepladder.trainers import dpo, prm, rl, sft
-from stepladder.trainers.common import (
-    LikeLengths,
-    StepladderTrainer,
-    TellEngine,
-    built_engine,
-    engine_line,
-    start_model,
-)
+from stepladder.trainers.common import StepladderTrainer, TellEngine, built_engine, engine_line, start_model
+from stepladder.trainers.examples import LikeLengths
 from stepladder.trainers.reward import RewardTrainer, collate
 
 pytestmark = pytest.mark.launch

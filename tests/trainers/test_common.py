@@ -17,14 +17,8 @@ from stepladder.basics import UserError
 from stepladder.data_gen.store import write_rows
 from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers.common import (
-    WHOLE,
-    LikeLengths,
-    _drop_old_checkpoints,
-    newest_whole_checkpoint,
-    pad_batch,
-    pick_rows,
-)
+from stepladder.trainers.common import WHOLE, _drop_old_checkpoints, newest_whole_checkpoint
+from stepladder.trainers.examples import LikeLengths, pad_batch, pick_rows
 
 
 def weights_of(out: Path) -> dict[str, torch.Tensor]:
@@ -345,7 +339,8 @@ _ABORTS_AT_ITS_END = """
 import atexit, os, sys
 import torch.distributed as dist
 from pathlib import Path
-from stepladder.trainers.common import StepladderArguments, run_trainer
+from stepladder.trainers.arguments import StepladderArguments
+from stepladder.trainers.common import run_trainer
 
 class Backend:
     def __del__(self, abort=os.abort):

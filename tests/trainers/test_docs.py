@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stepladder.trainers.common import StepladderArguments
+from stepladder.trainers.arguments import StepladderArguments
 from stepladder.trainers.dpo import DPOArguments
 from stepladder.trainers.orm import ORMArguments
 from stepladder.trainers.prm import PRMArguments

@@ -15,7 +15,7 @@ from stepladder.config import build
 from stepladder.data_gen.store import write_rows
 from stepladder.models.step_format import StepFormat
 from stepladder.trainers import losses
-from stepladder.trainers.common import Examples, start_model
+from stepladder.trainers.common import start_model
 from stepladder.trainers.dpo import (
     REFERENCE,
     DPOArguments,
@@ -26,6 +26,7 @@ from stepladder.trainers.dpo import (
     forking_saves,
     pair_example,
 )
+from stepladder.trainers.examples import Examples
 from stepladder.trainers.forward import answer_logprobs, fork_logprobs, fork_mask
 from stepladder.trainers.sft import dialogue_example
 

@@ -18,7 +18,7 @@ from stepladder.models.loading import load_engine
 from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
 from stepladder.trainers import losses
-from stepladder.trainers.common import Examples
+from stepladder.trainers.examples import Examples
 from stepladder.trainers.joint import JointTrainer, collate, language_labels, with_score_head
 from stepladder.trainers.orm import ORMArguments, orm_example
 from stepladder.trainers.value import ValueArguments, value_example

@@ -164,7 +164,7 @@ def test_an_overfitted_model_reads_back_its_targets(rows, settings, train, head,
 
 def trained_loss(reward: RewardModel, training: list[Any], values: dict[str, Any]) -> float:
     from stepladder.config import build
-    from stepladder.trainers.common import Examples
+    from stepladder.trainers.examples import Examples
     from stepladder.trainers.reward import RewardTrainer
 
     args = build(PRMArguments, values)
@@ -178,7 +178,7 @@ def trained_loss(reward: RewardModel, training: list[Any], values: dict[str, Any
 def test_the_loss_trains_the_positive_class(rows, settings, lab_words, tiny_scorer, positive):
     """With one step labelled 1, a gradient step raises the positive class's score that RewardModel reads."""
     from stepladder.config import build
-    from stepladder.trainers.common import Examples
+    from stepladder.trainers.examples import Examples
     from stepladder.trainers.reward import RewardTrainer
 
     model = tiny_scorer(lab_words, labels=2)

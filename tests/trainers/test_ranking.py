@@ -13,7 +13,7 @@ from stepladder.basics import UserError
 from stepladder.config import build
 from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers.common import Examples
+from stepladder.trainers.examples import Examples
 from stepladder.trainers.ranking import RankingArguments, RankingTrainer, collate, ranking_example
 
 # In the lab's vocabulary the prompt has 5 tokens and a step 5 and its separator: steps end at 10, 16, 22, 28 ...

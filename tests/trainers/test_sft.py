@@ -16,7 +16,7 @@ from stepladder.config import build
 from stepladder.data_gen.rows import Message
 from stepladder.data_gen.store import write_rows
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers.common import Examples
+from stepladder.trainers.examples import Examples
 from stepladder.trainers.sft import SFTArguments, SFTTrainer, collate, dialogue_example, pack
 
 CHATML = (
