@@ -8,6 +8,7 @@ the backbone is written twice.
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ class _WithScores:
     """What `with_score_head` puts before a causal language model's class."""
 
     def forward(self, *args: Any, **kwargs: Any) -> ModelOutput:
-        """Logits [B, S, V] as ever, and `scores` [B, S, 1] read from the same last hidden states."""
+        """Logits [B, S, V] as ever, and `scores` [B, S, C] read from the same last hidden states."""
         output = super().forward(*args, **{**kwargs, "output_hidden_states": True})  # type: ignore[misc]
         head = getattr(self, head_name(self))
         return ModelOutput(logits=output.logits, scores=head(output.hidden_states[-1]))
@@ -42,8 +43,8 @@ def head_name(model: Any) -> str:
     return next(name for name in HEADS if hasattr(model, name))
 
 
-def with_score_head(model: Any) -> Any:
-    """A causal language model with a new scalar head, named as in its architecture's token-classification class.
+def with_score_head(model: Any, classes: int = 1) -> Any:
+    """A causal language model with a new head of `classes` scores, named as in its architecture's token-classification class.
 
     Checkpoints of it hold both heads. Under one name the head's weights are found by either class.
     """
@@ -52,7 +53,7 @@ def with_score_head(model: Any) -> Any:
     with torch.device("meta"):
         other = AutoModelForTokenClassification.from_config(model.config)
     name = head_name(other)
-    head = torch.nn.Linear(getattr(other, name).in_features, 1, bias=getattr(other, name).bias is not None)
+    head = torch.nn.Linear(getattr(other, name).in_features, classes, bias=getattr(other, name).bias is not None)
     torch.nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02))
     if head.bias is not None:
         torch.nn.init.zeros_(head.bias)
@@ -92,13 +93,15 @@ class JointTrainer(StepladderTrainer):
     score_weight: float
     lm_weight: float
     score_loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+    positive_class: int | None = None
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.stack([batch["target_mask"].sum(), (batch["labels"][:, 1:] != -100).sum()])
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        score = self.score_loss(output.scores.float().squeeze(-1), batch["target"], batch["target_mask"]).sum()
+        log_odds = losses.step_logit(output.scores.float(), self.positive_class)
+        score = self.score_loss(log_odds, batch["target"], batch["target_mask"]).sum()
         nats, _ = losses.token_cross_entropy(output.logits, batch["labels"])
         count = self.count_items(batch).clamp(min=1)
         return torch.stack([self.score_weight * score, self.lm_weight * nats.sum()]), {
@@ -125,9 +128,10 @@ def train_joint(
     """
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
+    add_head = functools.partial(with_score_head, classes=2 if score_format.head == "two_class" else 1)
     make_folder(args.output_dir)
     trainer = JointTrainer(
-        model=start_model(AutoModelForCausalLM, args, with_score_head),
+        model=start_model(AutoModelForCausalLM, args, add_head),
         args=args,
         train_dataset=data,
         eval_dataset=held_out,
@@ -135,6 +139,7 @@ def train_joint(
         callbacks=[MetricsFile(args.output_dir)],
     )
     trainer.score_loss, trainer.score_weight, trainer.lm_weight = score_loss, score_weight, lm_weight
+    trainer.positive_class = score_format.positive_class
 
     def save(trainer: StepladderTrainer, tokenizer: Any, step_format: StepFormat) -> None:
         folder = Path(args.output_dir)
@@ -151,7 +156,7 @@ def train_joint(
             if adapted:
                 from peft import PeftModel
 
-                base = with_score_head(load_model(AutoModelForCausalLM, args.model, dtype=args.dtype))
+                base = add_head(load_model(AutoModelForCausalLM, args.model, dtype=args.dtype))
                 PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(joint)
             scores = folder if policy_format is None else folder / "value"
             _write(AutoModelForTokenClassification, args, joint, scores, tokenizer, score_format)
@@ -168,7 +173,8 @@ def _write(
     auto_class: Any, args: StepladderArguments, joint: Path, folder: Path, tokenizer: Any, step_format: StepFormat
 ) -> None:
     scores = "TokenClassification" in auto_class.__name__
-    settings = {"num_labels": 1, "classifier_dropout": 0.0} if scores else None
+    labels = 2 if step_format.head == "two_class" else 1
+    settings = {"num_labels": labels, "classifier_dropout": 0.0} if scores else None
     model = load_model(auto_class, str(joint), dtype=args.dtype, settings=settings)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

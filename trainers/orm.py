@@ -10,10 +10,9 @@ from ..config import option
 from ..data_gen.rows import Solution
 from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
-from . import losses
 from .common import run_trainer
 from .examples import read_examples
-from .joint import language_labels, train_joint
+from .joint import language_labels
 from .reward import RewardArguments, reward_format, target_example, train_reward
 
 
@@ -23,14 +22,6 @@ class ORMArguments(RewardArguments):
 
     head: str = option("scalar", "two_class (softmax of two logits) or scalar (sigmoid of one)")
     token_level: bool = option(True, "the outcome is the target at every solution token; false: at the last one only")
-    lambda_lm: float = option(0.0, "weight of a language-model loss on right solutions beside it; 1 as in the paper")
-
-    def __post_init__(self) -> None:
-        if self.lambda_lm < 0:
-            raise ValueError(f"lambda_lm must be 0 or more, found {self.lambda_lm}")
-        if self.lambda_lm and self.head != "scalar":
-            raise ValueError(f"lambda_lm needs head: scalar, found {self.head!r}")
-        super().__post_init__()
 
 
 def orm_example(
@@ -65,17 +56,7 @@ def train(args: ORMArguments) -> dict[str, float]:
     tokenizer = load_tokenizer(args.model)
     step_format = reward_format(args, tokenizer, "outcome")
     data = read_examples(args, Solution, lambda row, counts: orm_example(row, tokenizer, step_format, args, counts))
-    if not args.lambda_lm:
-        return train_reward(args, data, tokenizer, step_format)
-    return train_joint(
-        args,
-        *data,
-        tokenizer,
-        score_format=step_format,
-        score_loss=losses.step_bce if args.loss == "bce" else losses.step_mse,
-        score_weight=1.0,
-        lm_weight=args.lambda_lm,
-    )
+    return train_reward(args, data, tokenizer, step_format)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ..models.loading import load_tokenizer
 from ..models.step_format import LabelKind, StepFormat
 from .common import run_trainer
 from .examples import picked, read_examples
+from .joint import language_labels
 from .reward import RewardArguments, reward_format, target_example, train_reward
 
 KINDS = ("hard", "soft", "threshold", "td")
@@ -41,7 +43,8 @@ class PRMArguments(RewardArguments):
 def prm_example(
     row: StepLabels, tokenizer: Any, step_format: StepFormat, args: PRMArguments, counts: Counter[str]
 ) -> dict[str, Any] | None:
-    """Targets at the last separator token of each step that has a label, with `root` at the last prompt token too."""
+    """Targets at the last separator token of each step that has a label, with `root` at the last prompt token too; with
+    `lambda_lm` also the labels of a language model, on the steps before the first that is more likely wrong than right."""
     kind = "soft" if args.labels == "td" else args.labels
     targets = step_targets(row, kind, args.threshold, after_first_zero=args.after_first_zero, root=args.root)
     if args.labels == "td":
@@ -49,7 +52,19 @@ def prm_example(
         targets = [None if share is None else value for share, value in zip(targets, ahead, strict=True)]
     encoded = step_format.encode(tokenizer, row.prompt, row.steps)
     positions = (encoded.root, *encoded.step_ends) if args.root else encoded.step_ends
-    return target_example(encoded, targets, positions, args.max_length, counts)
+    item = target_example(encoded, targets, positions, args.max_length, counts)
+    if args.lambda_lm and item is not None:
+        right = right_steps(targets[1:] if args.root else targets)
+        learnt = encoded.step_ends[right - 1] + 1 if right else 0
+        labels = language_labels(encoded, len(step_format.separator_ids), tokenizer.eos_token_id)
+        item["labels"] = [label if i < learnt else -100 for i, label in enumerate(labels[: len(item["input_ids"])])]
+    return item
+
+
+def right_steps(targets: Sequence[float | None]) -> int:
+    """Number of steps up to the last that is labelled right, before the first that is more likely wrong."""
+    before = itertools.takewhile(lambda target: target is None or target > 0.5, targets)
+    return max((t for t, target in enumerate(before, 1) if target is not None), default=0)
 
 
 def train(args: PRMArguments) -> dict[str, float]:

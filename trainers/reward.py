@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -17,6 +17,7 @@ from . import losses
 from .arguments import StepladderArguments
 from .common import MetricsFile, StepladderTrainer, fit, start_model
 from .examples import Examples, check_rows_layout, pad_batch
+from .joint import train_joint
 
 
 @dataclass
@@ -32,9 +33,12 @@ class RewardArguments(StepladderArguments):
     aggregation: str = option(
         "", "advised way to one score a solution: last, min, prod or mean; empty: what suits the labels"
     )
+    lambda_lm: float = option(0.0, "weight of a language-model loss on what is right beside it; 0 for none")
 
     def __post_init__(self) -> None:
         self.check_given("model", "rows")
+        if self.lambda_lm < 0:
+            raise ValueError(f"lambda_lm must be 0 or more, found {self.lambda_lm}")
         if self.head not in ("two_class", "scalar"):
             raise ValueError(f"head must be two_class or scalar, found {self.head!r}")
         if self.loss not in ("bce", "mse"):
@@ -76,6 +80,11 @@ def collate(items: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Ten
     return batch
 
 
+def score_loss(args: RewardArguments) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The loss of log-odds, targets and mask that `args` name."""
+    return losses.step_bce if args.loss == "bce" else losses.step_mse
+
+
 class RewardTrainer(StepladderTrainer):
     """A loss at the labelled positions, read without a shift, averaged over the labels of the whole optimiser step."""
 
@@ -89,7 +98,7 @@ class RewardTrainer(StepladderTrainer):
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
         mask, targets = batch["target_mask"], batch["target"]
         log_odds = losses.step_logit(logits.float(), self.positive_class)
-        loss = losses.step_bce if self.args.loss == "bce" else losses.step_mse
+        loss = score_loss(self.args)
         agree = ((log_odds > 0) == (targets > 0.5)) & mask
         labels = mask.sum().clamp(min=1)
         return loss(log_odds, targets, mask).sum(), {
@@ -118,6 +127,16 @@ def train_reward(
     """Trains a reward model on examples (and held-out ones) and writes its checkpoint; returns the final metrics."""
     from transformers import AutoModelForTokenClassification
 
+    if args.lambda_lm:
+        return train_joint(
+            args,
+            *data,
+            tokenizer,
+            score_format=step_format,
+            score_loss=score_loss(args),
+            score_weight=1.0,
+            lm_weight=args.lambda_lm,
+        )
     # Dropout on the head would make scores of the same text differ between training and use.
     labels: dict[str, Any] = {"num_labels": 2 if args.head == "two_class" else 1, "classifier_dropout": 0.0}
     make_folder(args.output_dir)

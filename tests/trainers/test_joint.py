@@ -185,7 +185,10 @@ def test_a_value_model_reads_back_its_targets_and_its_policy_writes_what_it_lear
         )
 
 
-@pytest.mark.parametrize(("kind", "over"), [("value", {}), ("orm", {"lambda_lm": 1.0}), ("value", {"lora_r": 4})])
+@pytest.mark.parametrize(
+    ("kind", "over"),
+    [("value", {}), ("orm", {"lambda_lm": 1.0}), ("prm", {"lambda_lm": 1.0}), ("value", {"lora_r": 4})],
+)
 def test_the_folders_are_plain_checkpoints(settings, train, kind, over):
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
@@ -235,6 +238,35 @@ def test_the_language_model_loss_is_an_addition_to_the_orm(rows, settings, train
     assert logged[-1]["loss"] == pytest.approx(logged[-1]["score_loss"] + 0.5 * logged[-1]["lm_loss"], rel=0.05)
 
 
+@pytest.mark.parametrize("head", ["two_class", "scalar"])
+def test_the_score_loss_is_that_of_a_prm_alone(head, rows, lab_words, tiny_policy, settings, tmp_path):
+    """One model of both heads against its token-classification checkpoint: without language-model weight, the same loss."""
+    from transformers import AutoModelForTokenClassification
+
+    from stepladder.models.loading import load_model
+    from stepladder.trainers import reward
+    from stepladder.trainers.prm import PRMArguments, prm_example
+
+    classes = {"two_class": 2, "scalar": 1}[head]
+    model = with_score_head(tiny_policy(lab_words), classes).train(False)
+    model.save_pretrained(tmp_path / "joint")
+    labels = {"num_labels": classes, "classifier_dropout": 0.0}
+    plain = load_model(AutoModelForTokenClassification, str(tmp_path / "joint"), settings=labels).train(False)
+
+    made = rows.some("prm", 6)
+    args = build(PRMArguments, settings("prm", made, head=head, lambda_lm=1.0))
+    step_format = format_of(lab_words).for_reward(head, "hard")
+    items = [prm_example(row, lab_words, step_format, args, Counter()) for row in made]
+    both = JointTrainer(model=model, args=args, train_dataset=Examples(items))
+    both.score_loss, both.score_weight, both.lm_weight = losses.step_bce, 1.0, 0.0
+    alone = reward.RewardTrainer(model=plain, args=args, train_dataset=Examples(items))
+    both.positive_class = alone.positive_class = step_format.positive_class
+    loss = both.compute_loss(model, collate(items, 0)).item()
+    assert loss == pytest.approx(alone.compute_loss(plain, reward.collate(items, 0)).item(), rel=1e-5)
+    both.lm_weight = 1.0
+    assert both.compute_loss(model, collate(items, 0)).item() > loss + 1.0
+
+
 def test_training_a_value_model_resumes_to_the_same_weights(settings, train, tmp_path):
     whole = settings("value", max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=None)
     first = train("value", whole).out
@@ -252,7 +284,7 @@ def test_training_a_value_model_resumes_to_the_same_weights(settings, train, tmp
     [
         ("value", {"beta": -1.0}, "beta must be 0 or more, found -1.0"),
         ("orm", {"lambda_lm": -1.0}, "lambda_lm must be 0 or more"),
-        ("orm", {"lambda_lm": 1.0, "head": "two_class"}, "lambda_lm needs head: scalar"),
+        ("prm", {"lambda_lm": -1.0}, "lambda_lm must be 0 or more"),
     ],
 )
 def test_settings_that_cannot_be(settings, train, kind, wrong, message):

@@ -58,6 +58,34 @@ def test_labels_sit_on_the_separator_of_their_step(example, lab_words, settings,
     assert counts == {"labels": 3, "rows": 1}
 
 
+@pytest.mark.parametrize(
+    ("correct", "settings", "learnt"),
+    [
+        ([9, 1, 0], {}, 2),
+        ([9, 0, 3], {"after_first_zero": True}, 1),  # what follows an error is not right, whatever it leads to
+        ([9, 4, 8], {"labels": "soft"}, 1),  # more likely wrong than right
+        ([0, 0, 0], {}, 0),
+        ([9, 9, 9], {"root": True}, 3),
+    ],
+)
+def test_the_language_model_learns_the_steps_before_the_first_wrong_one(example, lab_words, correct, settings, learnt):
+    found, _ = example(correct, lambda_lm=1.0, **settings)
+    ids = found["input_ids"]
+    assert len(found["labels"]) == len(ids)
+    trained = {i: label for i, label in enumerate(found["labels"]) if label != -100}
+    start = 5
+    last = ENDS[learnt - 1] if learnt else start - 1
+    assert list(trained) == list(range(start, last + 1))
+    if learnt == 3:  # a policy ends where the reward model has one more separator
+        assert trained.pop(last) == lab_words.eos_token_id
+    assert all(ids[i] == label for i, label in trained.items())
+
+
+def test_a_step_without_a_label_is_not_learnt_as_right(example):
+    found, _ = example([9, 0, 0], rollouts=[10, 0, 0], lambda_lm=1.0)
+    assert [i for i, label in enumerate(found["labels"]) if label != -100] == list(range(5, ENDS[0] + 1))
+
+
 def test_a_soft_label_stays_soft_in_the_batch(example):
     found, _ = example([9, 1, 0], labels="soft")
     batch = collate([found], pad_id=0)
