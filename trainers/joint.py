@@ -126,7 +126,7 @@ def train_joint(
 
     It is written to output_dir; with `policy_format` the policy is written there, and the scores to output_dir/value.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+    from transformers import AutoModelForCausalLM
 
     add_head = functools.partial(with_score_head, classes=2 if score_format.head == "two_class" else 1)
     make_folder(args.output_dir)
@@ -140,33 +140,46 @@ def train_joint(
     )
     trainer.score_loss, trainer.score_weight, trainer.lm_weight = score_loss, score_weight, lm_weight
     trainer.positive_class = score_format.positive_class
+    return fit(
+        trainer, tokenizer, score_format, functools.partial(save_joint, add_head=add_head, policy_format=policy_format)
+    )
 
-    def save(trainer: StepladderTrainer, tokenizer: Any, step_format: StepFormat) -> None:
-        folder = Path(args.output_dir)
-        joint = folder / JOINT
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        adapted = hasattr(model, "merge_and_unload")
-        trainer.save_model(str(folder / "adapter" if adapted else joint))
-        trainer.accelerator.wait_for_everyone()
-        if trainer.is_world_process_zero():
-            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-            # From disk: under ZeRO-3 and FSDP no process holds whole weights, and transformers would split what it loads.
-            unset_hf_deepspeed_config()
-            if adapted:
-                from peft import PeftModel
+def save_joint(
+    trainer: StepladderTrainer,
+    tokenizer: Any,
+    score_format: StepFormat,
+    *,
+    add_head: Callable[[Any], Any],
+    policy_format: StepFormat | None = None,
+) -> None:
+    """Writes the trained model of both heads as plain checkpoints: see `train_joint`. Adapters are merged into the base."""
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
-                base = add_head(load_model(AutoModelForCausalLM, args.model, dtype=args.dtype))
-                PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(joint)
-            scores = folder if policy_format is None else folder / "value"
-            _write(AutoModelForTokenClassification, args, joint, scores, tokenizer, score_format)
-            if policy_format is not None:
-                _write(AutoModelForCausalLM, args, joint, folder, tokenizer, policy_format)
-            shutil.rmtree(joint)
-            (folder / "adapter" / "training_args.bin").unlink(missing_ok=True)  # a pickle
-        trainer.accelerator.wait_for_everyone()
+    args = trainer.args
+    folder = Path(args.output_dir)
+    joint = folder / JOINT
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    adapted = hasattr(model, "merge_and_unload")
+    trainer.save_model(str(folder / "adapter" if adapted else joint))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-    return fit(trainer, tokenizer, score_format, save)
+        # From disk: under ZeRO-3 and FSDP no process holds whole weights, and transformers would split what it loads.
+        unset_hf_deepspeed_config()
+        if adapted:
+            from peft import PeftModel
+
+            base = add_head(load_model(AutoModelForCausalLM, args.model, dtype=args.dtype))
+            PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload().save_pretrained(joint)
+        scores = folder if policy_format is None else folder / "value"
+        _write(AutoModelForTokenClassification, args, joint, scores, tokenizer, score_format)
+        if policy_format is not None:
+            _write(AutoModelForCausalLM, args, joint, folder, tokenizer, policy_format)
+        shutil.rmtree(joint)
+        (folder / "adapter" / "training_args.bin").unlink(missing_ok=True)  # a pickle
+    trainer.accelerator.wait_for_everyone()
 
 
 def _write(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from . import losses
 from .arguments import StepladderArguments
 from .common import MetricsFile, StepladderTrainer, fit, run_trainer, start_model
 from .examples import check_rows_layout, pad_batch, read_examples
+from .joint import language_labels, save_joint, with_score_head
 
 
 @dataclass
@@ -28,9 +30,14 @@ class RankingArguments(StepladderArguments):
     target: str = option("preferred", "preferred: the chosen wins; soft: wins with (1 + p - q) / 2, of shares p and q")
     separator: str = option("\n", "text that ends a step, for a base model that has no step format yet")
     aggregation: str = option("", "advised way to one score a solution: last, min, prod or mean; empty: last")
+    lambda_lm: float = option(
+        0.0, "weight of a language-model loss on chosen sides worth over 0.5 beside it; 0 for none"
+    )
 
     def __post_init__(self) -> None:
         self.check_given("model", "rows")
+        if self.lambda_lm < 0:
+            raise ValueError(f"lambda_lm must be 0 or more, found {self.lambda_lm}")
         if self.compare not in ("path", "step"):
             raise ValueError(f"compare must be path or step, found {self.compare!r}")
         if self.target not in ("preferred", "soft"):
@@ -70,57 +77,82 @@ def ranking_example(
         counts["rows dropped: every comparison cut"] += 1
         return None
     counts["rows"] += 1
-    return {
+    item = {
         "input_ids": list(sides[0].ids[: both[-1][0] + 1]),
         "rejected_ids": list(sides[1].ids[: both[-1][1] + 1]),
         "chosen_ends": [a for a, _ in both],
         "rejected_ends": [b for _, b in both],
         "target": (1 + share) / 2 if args.target == "soft" else 1.0,
     }
+    if args.lambda_lm:
+        chosen = sides[0]
+        labels = [-100] * chosen.prompt_length + list(chosen.ids[chosen.prompt_length :])
+        if row.chosen_finished:
+            labels = language_labels(chosen, len(step_format.separator_ids), tokenizer.eos_token_id)
+        length = len(item["input_ids"])
+        item["labels"] = labels[:length] if row.reward_chosen > 0.5 else [-100] * length
+    return item
 
 
 def collate(items: Sequence[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch of pairs: input_ids and attention_mask [B, 2, S], ends [B, 2, T] with compare_mask [B, T], target [B]."""
+    """A batch of pairs: input_ids and attention_mask [B, 2, S], ends [B, 2, T] with compare_mask [B, T], target [B]; with
+    `lambda_lm` labels of the chosen sides, as long as the longest of them."""
     both = [{"input_ids": ids} for item in items for ids in (item["input_ids"], item["rejected_ids"])]
     flat = pad_batch(both, {"input_ids": pad_id})
     most = max(len(item["chosen_ends"]) for item in items)
     padded = lambda ends: list(ends) + [0] * (most - len(ends))
     lengths = torch.tensor([len(item["chosen_ends"]) for item in items])
-    return {
+    batch = {
         "input_ids": flat["input_ids"].view(len(items), 2, -1),
         "attention_mask": flat["attention_mask"].view(len(items), 2, -1),
         "ends": torch.tensor([[padded(item["chosen_ends"]), padded(item["rejected_ends"])] for item in items]),
         "compare_mask": torch.arange(most) < lengths[:, None],
         "target": torch.tensor([item["target"] for item in items]).float(),
     }
+    if "labels" in items[0]:
+        batch["labels"] = pad_batch(items, {"labels": -100})["labels"]
+    return batch
 
 
 class RankingTrainer(StepladderTrainer):
-    """The ranking loss summed over the compared steps of a pair, averaged over the pairs of the whole optimiser step."""
+    """The ranking loss summed over the compared steps of a pair, averaged over the pairs of the whole optimiser step.
+
+    With `lambda_lm` the model has a language-model head too, and the mean cross-entropy of the chosen sides' tokens is added.
+    """
 
     args: RankingArguments
 
     def count_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.tensor(len(batch["target"]))
+        pairs = torch.tensor(len(batch["target"]))
+        if not self.args.lambda_lm:
+            return pairs
+        return torch.stack([pairs, (batch["labels"][:, 1:] != -100).sum().to(pairs.device)])
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        logits = model(
+        output = model(
             input_ids=batch["input_ids"].flatten(0, 1),
             attention_mask=batch["attention_mask"].flatten(0, 1),
             use_cache=False,
-        ).logits
-        scores = logits.float().squeeze(-1).unflatten(0, (-1, 2)).gather(2, batch["ends"])
+        )
+        raw = output.scores if self.args.lambda_lm else output.logits
+        scores = raw.float().squeeze(-1).unflatten(0, (-1, 2)).gather(2, batch["ends"])
         chosen, rejected, mask = scores[:, 0], scores[:, 1], batch["compare_mask"]
-        loss = losses.step_ranking(chosen, rejected, mask, batch["target"])
-        return loss.sum(), {
+        loss = losses.step_ranking(chosen, rejected, mask, batch["target"]).sum()
+        metrics = {
             "accuracy": (((chosen > rejected) & mask).sum() / mask.sum().clamp(min=1)).item(),
             "gap": (torch.where(mask, chosen - rejected, 0.0).sum() / mask.sum().clamp(min=1)).item(),
         }
+        if not self.args.lambda_lm:
+            return loss, metrics
+        labels = batch["labels"]  # of the chosen sides, which are a pair's first
+        nats, trained = losses.token_cross_entropy(output.logits[::2, : labels.shape[1]], labels)
+        metrics["lm_loss"] = (nats.sum() / trained.sum().clamp(min=1)).item()
+        return torch.stack([loss, self.args.lambda_lm * nats.sum()]), metrics
 
 
 def train(args: RankingArguments) -> dict[str, float]:
     """Trains a ranking reward model and writes its checkpoint; returns the final metrics."""
-    from transformers import AutoModelForTokenClassification
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
     tokenizer = load_tokenizer(args.model)
     step_format = load_policy_format(args.model, tokenizer, args.separator).for_reward(
@@ -134,15 +166,20 @@ def train(args: RankingArguments) -> dict[str, float]:
         args, Pair, lambda row, counts: ranking_example(row, tokenizer, step_format, args, counts)
     )
     make_folder(args.output_dir)
+    if args.lambda_lm:
+        model = start_model(AutoModelForCausalLM, args, with_score_head)
+    else:
+        model = start_model(AutoModelForTokenClassification, args, num_labels=1, classifier_dropout=0.0)
     trainer = RankingTrainer(
-        model=start_model(AutoModelForTokenClassification, args, num_labels=1, classifier_dropout=0.0),
+        model=model,
         args=args,
         train_dataset=data,
         eval_dataset=held_out,
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=[MetricsFile(args.output_dir)],
     )
-    return fit(trainer, tokenizer, step_format)
+    save = functools.partial(save_joint, add_head=with_score_head) if args.lambda_lm else None
+    return fit(trainer, tokenizer, step_format, save)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,13 @@ def test_a_value_model_reads_back_its_targets_and_its_policy_writes_what_it_lear
 
 @pytest.mark.parametrize(
     ("kind", "over"),
-    [("value", {}), ("orm", {"lambda_lm": 1.0}), ("prm", {"lambda_lm": 1.0}), ("value", {"lora_r": 4})],
+    [
+        ("value", {}),
+        ("orm", {"lambda_lm": 1.0}),
+        ("prm", {"lambda_lm": 1.0}),
+        ("ranking", {"lambda_lm": 1.0}),
+        ("value", {"lora_r": 4}),
+    ],
 )
 def test_the_folders_are_plain_checkpoints(settings, train, kind, over):
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification

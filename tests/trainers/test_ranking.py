@@ -14,6 +14,7 @@ from stepladder.config import build
 from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
 from stepladder.trainers.examples import Examples
+from stepladder.trainers.joint import with_score_head
 from stepladder.trainers.ranking import RankingArguments, RankingTrainer, collate, ranking_example
 
 # In the lab's vocabulary the prompt has 5 tokens and a step 5 and its separator: steps end at 10, 16, 22, 28 ...
@@ -70,6 +71,44 @@ def test_sides_of_other_lengths_share_a_batch(example):
     assert batch["attention_mask"].sum(2).tolist() == [[17, 17], [23, 23]]
     assert batch["compare_mask"].tolist() == [[True, False], [True, True]]
     assert batch["ends"].tolist() == [[[16, 0], [16, 0]], [[16, 22], [16, 22]]]
+
+
+def test_the_language_model_learns_chosen_sides_that_are_worth_it(example, lab_words):
+    found, _ = example(lambda_lm=1.0)  # a step of a path that goes on: its end is not the solution's
+    assert len(found["labels"]) == len(found["input_ids"]) == 23
+    assert found["labels"] == [-100] * 5 + found["input_ids"][5:]
+    whole, _ = example(prefix=[], chosen=GOOD, rejected=["8 + 1 = 7", *GOOD], lambda_lm=1.0)
+    assert whole["labels"] == [-100] * 5 + whole["input_ids"][5:-1] + [lab_words.eos_token_id]
+    lucky, _ = example(rewards=(0.5, 0.0), lambda_lm=1.0)
+    assert set(lucky["labels"]) == {-100}
+    batch = collate([found, example(chosen=GOOD[:1], lambda_lm=1.0)[0]], 0)
+    assert batch["labels"].shape == (2, 23)
+    assert batch["labels"][1, 17:].tolist() == [-100] * 6
+
+
+def test_the_language_model_loss_is_added_to_the_ranking(rows, settings, lab_words, tiny_policy):
+    """By hand, over two micro-batches of unequal size: a mean over pairs and a mean over the tokens of chosen sides."""
+    made = rows.some("ranking", 3)
+    args = build(RankingArguments, settings("ranking", made, lambda_lm=0.3))
+    step_format = StepFormat.for_policy(lab_words, "\n")
+    items = [ranking_example(row, lab_words, step_format, args, Counter()) for row in made]
+    model = with_score_head(tiny_policy(lab_words)).train(False)
+    trainer = RankingTrainer(model=model, args=args, train_dataset=Examples(items))
+    batches = [collate(items[:2], 0), collate(items[2:], 0)]
+    counts = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    found = sum(trainer.compute_loss(model, batch, num_items_in_batch=counts).item() for batch in batches)
+
+    ranked, nats = [], []
+    for item in items:
+        outputs = [model(input_ids=torch.tensor([item[name]])) for name in ("input_ids", "rejected_ids")]
+        r = [
+            out.scores[0, ends, 0]
+            for out, ends in zip(outputs, (item["chosen_ends"], item["rejected_ends"]), strict=True)
+        ]
+        ranked.append(sum(math.log(1 + math.exp(b - a)) for a, b in zip(r[0].tolist(), r[1].tolist(), strict=True)))
+        says = outputs[0].logits[0].log_softmax(-1)
+        nats += [-says[i - 1, label].item() for i, label in enumerate(item["labels"]) if label != -100]
+    assert found == pytest.approx(sum(ranked) / len(ranked) + 0.3 * sum(nats) / len(nats), rel=1e-4)
 
 
 def test_soft_targets_need_shares(example):
@@ -148,6 +187,7 @@ def test_the_loss_does_not_depend_on_the_batch(rows, settings, train, size):
         ({"target": "hard"}, "target must be preferred or soft, found 'hard'"),
         ({"aggregation": "sum"}, "aggregation must be last, min, prod, mean or empty, found 'sum'"),
         ({"model": ""}, "model is missing"),
+        ({"lambda_lm": -0.1}, "lambda_lm must be 0 or more, found -0.1"),
     ],
 )
 def test_settings_that_cannot_be(settings, train, wrong, message):
