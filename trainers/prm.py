@@ -70,7 +70,7 @@ def right_steps(targets: Sequence[float | None]) -> int:
 def train(args: PRMArguments) -> dict[str, float]:
     """Trains a process reward model and writes its checkpoint; returns the final metrics."""
     # A model that never saw what follows an error says nothing of later steps: the worst step stands for the solution.
-    dropped = not args.after_first_zero and args.labels not in ("soft", "td")
+    dropped = not args.after_first_zero
     rows = picked(args, args.rows, StepLabels)
     tokenizer = load_tokenizer(args.model)
     step_format = reward_format(args, tokenizer, label_kind(rows, args.labels), "min" if dropped else None)

@@ -176,7 +176,6 @@ def test_an_overfitted_model_reads_back_its_targets(rows, settings, train, head,
     out = train("prm", values).out
     reward = RewardModel.load(str(out), device="cpu")
     assert (reward.step_format.head, reward.step_format.label_kind) == (head, "soft")
-    assert reward.step_format.aggregation == "last"
     found = reward.score([(row.prompt, row.steps) for row in training])
     for row, scores in zip(training, found, strict=True):
         assert scores == pytest.approx([c / 10 for c in row.n_correct[1:]], abs=0.06)
@@ -188,6 +187,15 @@ def test_an_overfitted_model_reads_back_its_targets(rows, settings, train, head,
         shares = [count / 10 for row in training for count in row.n_correct[1:]]
         by_hand = [-(y * math.log(p) + (1 - y) * math.log(1 - p)) for p, y in zip(scores, shares, strict=True)]
         assert trainer_loss == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "after", "advised"),
+    [("hard", False, "min"), ("soft", False, "min"), ("td", False, "min"), ("soft", True, "last"), ("hard", True, "last")],
+)
+def test_a_model_that_saw_nothing_behind_an_error_is_read_at_its_worst_step(settings, train, labels, after, advised):
+    out = train("prm", settings("prm", max_steps=1, labels=labels, after_first_zero=after)).out
+    assert StepFormat.load(out).aggregation == advised
 
 
 def trained_loss(reward: RewardModel, training: list[Any], values: dict[str, Any]) -> float:
