@@ -41,6 +41,9 @@ class StepladderArguments(TrainingArguments):
     logging_steps: float = option(10, "optimiser steps between two lines of metrics.jsonl")
     remove_unused_columns: bool = option(False, "batches carry targets and weights that no model takes")
     lr_scheduler_type: Any = option("cosine", "learning-rate schedule")
+    ddp_find_unused_parameters: bool | None = option(
+        False, "DDP looks in every step for weights that took no part; only for models that have such"
+    )
 
     def __post_init__(self) -> None:
         if not self.output_dir:

@@ -25,6 +25,7 @@ from .examples import Examples, LikeLengths
 HEADS = ("score", "classifier")  # names of the head in transformers' token-classification models
 FSDP2, FSDP1 = "FSDPModule (fully_shard)", "FullyShardedDataParallel"
 ENGINE = "engine.json"  # in the output folder: what really trained the model
+NOBODYS = "nobodys"  # in a micro-batch that another process has already trained on
 WHOLE = "whole.json"  # written into a checkpoint after everything else: without it the checkpoint was cut short
 
 
@@ -55,11 +56,33 @@ class StepladderTrainer(Trainer):
         raise NotImplementedError
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
-        items = torch.stack([self.count_items(b).to(device) for b in batch_samples]).sum(0).float()
+        # All micro-batches of an optimiser step are here at once, and the last of them are the last of the epoch.
+        if batch_samples and (real := self._real_rows(batch_samples[-1], self.args.train_batch_size)) is not None:
+            # One row at least: every process runs the model, and a row that is no one's counts nothing.
+            kept = {name: value[: max(real, 1)] for name, value in batch_samples[-1].items()}
+            batch_samples[-1] = {**kept, NOBODYS: torch.ones(1)} if real == 0 else kept
+        items = torch.stack([self._own_items(b).to(device) for b in batch_samples]).sum(0).float()
         return self.accelerator.gather(items[None]).sum(0) if self.args.world_size > 1 else items
 
+    def _own_items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.count_items(batch) * (NOBODYS not in batch)
+
+    def _real_rows(self, batch: dict[str, torch.Tensor], batch_size: int) -> int | None:
+        """How many rows of a batch are its own; None: all of them.
+
+        accelerate fills the last batches of the processes up with rows from the start of the epoch, so that all have one length.
+        """
+        state = self.accelerator.gradient_state
+        if self.args.world_size == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return None
+        size = len(batch["input_ids"])
+        real = min(max(state.remainder - self.args.process_index * batch_size, 0), size)
+        return real if real < size else None
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        nobodys = inputs.pop(NOBODYS, None) is not None
         total, metrics = self.loss_sum(model, inputs)
+        total = total * (not nobodys)
         items = num_items_in_batch if num_items_in_batch is not None else self.count_items(inputs)
         # Gradients are averaged over processes, while `items` counts those of all of them.
         processes = self.args.world_size if num_items_in_batch is not None else 1
@@ -75,17 +98,12 @@ class StepladderTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        size, state = len(inputs["input_ids"]), self.accelerator.gradient_state
-        real = size
-        if self.args.world_size > 1 and state.end_of_dataloader and state.remainder > 0:
-            # The last batches of the processes are filled up with rows from the start, so that all have the same length.
-            real = min(max(state.remainder - self.args.process_index * self.args.eval_batch_size, 0), size)
-        kept = {
-            name: value[: max(real, 1)] for name, value in inputs.items()
-        }  # one at least: every process runs the model
+        real = self._real_rows(inputs, self.args.eval_batch_size)
+        # One row at least: every process runs the model.
+        kept = inputs if real is None else {name: value[: max(real, 1)] for name, value in inputs.items()}
         with torch.no_grad():
             total, items = self.loss_sum(model, kept)[0].float(), self.count_items(kept).to(self.args.device)
-        self._evaluated.append(torch.stack([total, items.float()]) * (real > 0))
+        self._evaluated.append(torch.stack([total, items.float()]) * (real != 0))
         return (total / items.clamp(min=1)).sum(), None, None
 
     def evaluation_loop(
@@ -348,18 +366,19 @@ def run_trainer(config_class: type, train: Callable[[Any], Any], prog: str) -> N
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-        _leave()
+    end_process()
 
 
-def _leave() -> None:
-    """Ends this process well once all is written, without the interpreter's own end.
+def end_process() -> None:
+    """Ends one of several processes well once all is written, without the interpreter's own end; a process alone goes on.
 
     There, threads of distributed backends (seen with gloo under ZeRO-3, about once in ten runs) abort a process whose training
     went well, and the launcher calls the whole training failed.
     """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()  # trackers finish their runs here
     sys.stdout.flush()
     sys.stderr.flush()

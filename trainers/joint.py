@@ -8,9 +8,10 @@ the backbone is written twice.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,19 @@ class _WithScores:
         return ModelOutput(logits=output.logits, scores=head(output.hidden_states[-1]))
 
 
+@contextlib.contextmanager
+def _unsplit() -> Iterator[None]:
+    """Within it, transformers does not split among processes what it builds. Under ZeRO-3 it would, and needs weights for that."""
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref  # public functions set and unset it, and none reads it
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
 def head_name(model: Any) -> str:
     """The name of the score head of a model that has one."""
     return next(name for name in HEADS if hasattr(model, name))
@@ -50,7 +64,7 @@ def with_score_head(model: Any, classes: int = 1) -> Any:
     """
     from transformers import AutoModelForTokenClassification
 
-    with torch.device("meta"):
+    with _unsplit(), torch.device("meta"):
         other = AutoModelForTokenClassification.from_config(model.config)
     name = head_name(other)
     head = torch.nn.Linear(getattr(other, name).in_features, classes, bias=getattr(other, name).bias is not None)
