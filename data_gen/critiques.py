@@ -220,9 +220,7 @@ def _expected(step: str | None, results: bool) -> str:
     return f"expected {' '.join(step.split())}" if step else ""
 
 
-def corrupted(
-    task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool = False, results: bool = True
-) -> str:
+def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool = False, results: bool = True) -> str:
     """An exact critique with a wrong finding: another step is called wrong, or the right one is with a wrong correction.
 
     It stops there. Of a draft without an error some step is called wrong.
@@ -234,8 +232,7 @@ def corrupted(
         places = [error]
     place = places[(seed >> 8) % len(places)]
     verdicts = [
-        StepVerdict(step, True, _expected(step, results) if reason_first else "")
-        for step in draft.steps[:place]
+        StepVerdict(step, True, _expected(step, results) if reason_first else "") for step in draft.steps[:place]
     ]
     # A wrong correction is a planted slip of the line that should stand there.
     wrong = task.planted(draft.problem, min(place, len(draft.steps) - 1), "slip", seed >> 16)
@@ -311,9 +308,7 @@ def exact_critiques(
         if bad:
             text = corrupted(task, draft, fold_seed(draw, "how"), reason_first=reason_first, results=results)
         else:
-            text = exact_critique(
-                task, draft, stop_at_error=stop_at_error, reason_first=reason_first, results=results
-            )
+            text = exact_critique(task, draft, stop_at_error=stop_at_error, reason_first=reason_first, results=results)
         texts.append([text])
         marks.append("corrupted" if bad else "exact")
     source = Source("checker", "none", task.name, seed)

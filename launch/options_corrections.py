@@ -74,7 +74,8 @@ class Critiques(Worded, WithPolicy):
     stop_at_error: bool = option(False, "the checker's critiques end behind the first wrong step")
     reason_first: bool = option(False, "the checker says of every step what should stand there, before its verdict")
     results: bool = option(
-        True, "what the checker expects is told with its result; false ends before the equals sign, which gives no answer away"
+        True,
+        "what the checker expects is told with its result; false ends before the equals sign, which gives no answer away",
     )
     corrupt: float = option(0.0, "share of the checker's critiques with a wrong finding, to put a filter to the test")
     strip: bool = option(True, "cut sentences that give the reference answer away")

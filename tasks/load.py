@@ -37,7 +37,9 @@ def load_task(config: Mapping[str, Any]) -> Task:
     where = f"task {kind}"
     checked = coerce(values.pop("checked", False), bool, f"{where}: checked") if kind in ("text", *PRESETS) else False
     if kind == "text":
-        return typing.cast("Task", _checked(build(TextTask, values, where)) if checked else build(TextTask, values, where))
+        return typing.cast(
+            "Task", _checked(build(TextTask, values, where)) if checked else build(TextTask, values, where)
+        )
     if kind == "chain":
         from .chain import ChainArith
 
