@@ -55,7 +55,7 @@ def evenly(rows: Sequence[Any], count: int) -> list[Any]:
 
 def _row(row: Dialogue) -> str:
     meta = json.loads(row.meta) if row.meta else {}
-    notes = [page.text(row.kind)]
+    notes = [page.text(f"{row.kind}, {row.problem_id}")]
     outcomes = meta.get("correct")
     if isinstance(outcomes, list) and outcomes:
         notes.append(" → ".join(_OUTCOMES[bool(right)] for right in outcomes))
@@ -74,7 +74,7 @@ def _row(row: Dialogue) -> str:
     if row.weight != 1:
         notes.append(f"weight {row.weight:.3g}")
     turns = "".join(_turn(turn) for turn in row.messages)
-    return f"<details><summary>{page.text(row.problem_id)}: {' · '.join(notes)}</summary>{turns}</details>"
+    return f"<details><summary>{' · '.join(notes)}</summary>{turns}</details>"
 
 
 def _turn(turn: Message) -> str:

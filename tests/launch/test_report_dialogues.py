@@ -52,11 +52,11 @@ def test_what_a_row_says_of_itself():
     )  # fmt: skip
     text = lambda one: html.unescape(re.sub(r"<[^>]+>", "", dialogues_section({"rows": [one]})))
     assert (
-        "p/0: critique · ✗ wrong · the critic calls it wrong · first error in step 1 · draft: RG3 · error: slip · "
+        "critique, p/0 · ✗ wrong · the critic calls it wrong · first error in step 1 · draft: RG3 · error: slip · "
         "critique: exact · 25% of 8 refinements right" in text(critique)
     )
     assert "cannot be read" in text(row(kind="critique", wrong=None))
-    assert "refine · ✗ wrong → ✓ right" in text(row(kind="refine", correct=[False, True]))
+    assert "refine, p/0 · ✗ wrong → ✓ right" in text(row(kind="refine", correct=[False, True]))
     assert "reward -1 · turn 2 · weight 0.0821" in text(row(reward=-1.0, turn=2, weight=0.0821))
 
 
@@ -64,7 +64,7 @@ def test_some_rows_stand_for_all_and_long_ones_are_counted():
     assert evenly(range(5), 12) == [0, 1, 2, 3, 4]
     assert evenly(range(100), 4) == [0, 25, 50, 75]
     section = dialogues_section({"a": [row(i) for i in range(300)], "b": [row(0), row(1, "x" * LONGEST)], "c": []})
-    assert section.count("<summary>p/") == SHOWN + 1
+    assert section.count("<summary>selfcorrect, p/") == SHOWN + 1
     assert f"<b>a</b>: {SHOWN} of 300 rows (selfcorrect)" in section
     assert "<b>b</b>: 1 of 2 rows (selfcorrect); 1 more are too long to be shown" in section
     assert "<b>c</b>" not in section
