@@ -188,12 +188,15 @@ def written_drafts(
 # --- critiques --------------------------------------------------------------------------------------------------------
 
 
-def exact_critique(task: StepPlanter, draft: Draft, *, stop_at_error: bool = False, reason_first: bool = False) -> str:
+def exact_critique(
+    task: StepPlanter, draft: Draft, *, stop_at_error: bool = False, reason_first: bool = False, results: bool = True
+) -> str:
     """The critique by the task's checker: a step is wrong if it does not hold given what stands before it.
 
     What only goes on from an error inherits it, and is no error of its own; an explanation says which step should have stood there.
     With `stop_at_error` steps behind the first error are left out. With `reason_first` every step is explained by the step that
-    should stand there, before its verdict: a critic that learns this judges by comparing.
+    should stand there, before its verdict: a critic that learns this judges by comparing. Without `results` the step that should
+    stand there ends before its equals sign: where a solution is one line, its result is the answer.
     """
     verdicts: list[StepVerdict] = []
     checks = task.check_steps(draft.problem, draft.steps)
@@ -202,7 +205,7 @@ def exact_critique(task: StepPlanter, draft: Draft, *, stop_at_error: bool = Fal
         why = ""
         if reason_first or not check.local_ok:
             expected = task.expected_step(draft.problem, draft.steps[:t])
-            why = f"expected {expected}" if expected else ""
+            why = _expected(expected, results)
         elif error is not None and t > error and not check.on_track:
             why = f"inherits error from step {error + 1}"
         verdicts.append(StepVerdict(step, check.local_ok, why))
@@ -211,7 +214,13 @@ def exact_critique(task: StepPlanter, draft: Draft, *, stop_at_error: bool = Fal
     return write_critique(verdicts, draft.right, reason_first=reason_first)
 
 
-def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool = False) -> str:
+def _expected(step: str | None, results: bool) -> str:
+    if not results:
+        step = step.partition("=")[0].strip() if step and "=" in step else None
+    return f"expected {' '.join(step.split())}" if step else ""
+
+
+def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool = False, results: bool = True) -> str:
     """An exact critique with a wrong finding: another step is called wrong, or the right one is with a wrong correction.
 
     It stops there. Of a draft without an error some step is called wrong.
@@ -223,13 +232,12 @@ def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool 
         places = [error]
     place = places[(seed >> 8) % len(places)]
     verdicts = [
-        StepVerdict(step, True, f"expected {' '.join(step.split())}" if reason_first else "")
-        for step in draft.steps[:place]
+        StepVerdict(step, True, _expected(step, results) if reason_first else "") for step in draft.steps[:place]
     ]
     # A wrong correction is a planted slip of the line that should stand there.
     wrong = task.planted(draft.problem, min(place, len(draft.steps) - 1), "slip", seed >> 16)
     fix = wrong[place] if place < len(wrong) else wrong[-1]
-    verdicts.append(StepVerdict(draft.steps[place], False, f"expected {fix}"))
+    verdicts.append(StepVerdict(draft.steps[place], False, _expected(fix, results)))
     return write_critique(verdicts, False, reason_first=reason_first)
 
 
@@ -289,6 +297,7 @@ def exact_critiques(
     corrupt: float = 0.0,
     stop_at_error: bool = False,
     reason_first: bool = False,
+    results: bool = True,
     strip: bool = True,
 ) -> UnitResult[Dialogue]:
     """Rows with exact critiques, of which a share `corrupt`, drawn with the seed, is corrupted (and says so in its `mark`)."""
@@ -297,9 +306,9 @@ def exact_critiques(
         draw = fold_seed(seed, "corrupt", draft.key)
         bad = (draw >> 10) / 2**53 < corrupt
         if bad:
-            text = corrupted(task, draft, fold_seed(draw, "how"), reason_first=reason_first)
+            text = corrupted(task, draft, fold_seed(draw, "how"), reason_first=reason_first, results=results)
         else:
-            text = exact_critique(task, draft, stop_at_error=stop_at_error, reason_first=reason_first)
+            text = exact_critique(task, draft, stop_at_error=stop_at_error, reason_first=reason_first, results=results)
         texts.append([text])
         marks.append("corrupted" if bad else "exact")
     source = Source("checker", "none", task.name, seed)

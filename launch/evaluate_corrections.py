@@ -50,7 +50,7 @@ def evaluate_corrections(config: options.EvaluateCorrections, out: Path) -> None
     values: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
     for name, source, chains, ledger in _arms(config.sources, task, problems):
-        for metric, (ids, per_chain) in means(chains).items():
+        for metric, (ids, per_chain) in means(chains, _planned(source)).items():
             one = values_of(name, metric, ids, per_chain)
             interval = paired_bootstrap(list(one["values"].values()), seed=config.seed)
             records.append(record(name, metric, interval, len(one["values"]), config.seed, ledger))
@@ -79,6 +79,13 @@ def _arms(
             yield from ((f"{name}/{arm}" if arm else name, source, chains, ledger) for arm, chains in arms.items())
         else:
             yield name, source, *read_chains(source, task, problems)
+
+
+def _planned(source: Any) -> int:
+    """The attempts that a search with corrections was to make; 1 for other sources, whose chains say it."""
+    if not isinstance(source, str) or _strategy(source) != "corrections":
+        return 1
+    return int(read_json(Path(source) / ABOUT_FILE)["settings"].get("turns", 2))
 
 
 def _strategy(folder: str) -> str:
@@ -116,10 +123,13 @@ def read_chains(source: Any, task: Task, problems: Mapping[str, Problem]) -> tup
     return chains_of_dialogues(read_rows(folder, Dialogue)), ledger
 
 
-def means(chains: Sequence[Chain]) -> dict[str, tuple[list[str], list[float]]]:
-    """Metric -> (problems, value of each chain or problem), for what is a mean over them."""
+def means(chains: Sequence[Chain], planned: int = 1) -> dict[str, tuple[list[str], list[float]]]:
+    """Metric -> (problems, value of each chain or problem), for what is a mean over them.
+
+    `planned` attempts count as made where no chain went on: a critic that finds nothing wrong corrects nothing.
+    """
     ids = [chain.problem_id for chain in chains]
-    turns = max(len(chain.attempts) for chain in chains)
+    turns = max(planned, *(len(chain.attempts) for chain in chains))
     right = [[a.right for a in chain.attempts] for chain in chains]
     found: dict[str, tuple[list[str], list[float]]] = {}
     for turn in range(turns):

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, read_json, read_jsonl, write_json
+from ..data_gen.rows import Dialogue
 from ..data_gen.searched import SEARCH_FILE, read_searches
+from ..data_gen.store import read_about, read_rows
 from . import options_eval
 from .evaluate import DETAILS, RESULTS
 
@@ -35,6 +37,10 @@ def make_report(config: options_eval.Report, out: Path) -> None:
     if trees is None:
         found = [path.parent for path in sorted(run.glob(f"*/{SEARCH_FILE}"))]
         trees = {folder.name: str(folder) for folder in found if ".old-" not in folder.name}
+    dialogues = config.dialogues
+    if dialogues is None:
+        found = [path.parent for path in sorted(run.glob("*/rows.json")) if ".old-" not in path.parent.name]
+        dialogues = {folder.name: str(folder) for folder in found if read_about(folder)["row_type"] == "Dialogue"}
     write_run_report(
         run / "report.html",
         config.title,
@@ -45,6 +51,7 @@ def make_report(config: options_eval.Report, out: Path) -> None:
         costs,
         details,
         {name: read_searches(folder) for name, folder in trees.items()},
+        {name: read_rows(folder, Dialogue) for name, folder in dialogues.items()},
     )
     print(format_table(records))
     print(f"\nresults: {run / RESULTS}\nreport:  {run / 'report.html'}")

@@ -73,6 +73,10 @@ class Critiques(Worded, WithPolicy):
     annotate: bool = option(True, "PEEKS: the policy is told the reference answer and the known error, as an annotator")
     stop_at_error: bool = option(False, "the checker's critiques end behind the first wrong step")
     reason_first: bool = option(False, "the checker says of every step what should stand there, before its verdict")
+    results: bool = option(
+        True,
+        "what the checker expects is told with its result; false ends before the equals sign, which gives no answer away",
+    )
     corrupt: float = option(0.0, "share of the checker's critiques with a wrong finding, to put a filter to the test")
     strip: bool = option(True, "cut sentences that give the reference answer away")
     keep_unreadable: bool = option(

@@ -185,3 +185,6 @@ class Report:
     trees: dict[str, str] | None = option(
         None, "name -> folder of a search stage whose trees are shown; null takes those of the run, {} none"
     )
+    dialogues: dict[str, str] | None = option(
+        None, "name -> folder of Dialogue rows of which some are shown; null takes those of the run, {} none"
+    )

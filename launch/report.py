@@ -16,8 +16,10 @@ from typing import Any
 import yaml
 
 from ..basics import finite, write_atomic
+from ..data_gen.rows import Dialogue
 from . import charts, page
 from .report_corrections import corrections_section
+from .report_dialogues import dialogues_section
 from .report_trees import LEAST_ROOM, ROOM, trees_section
 from .tables import CURVES, DIFFERENCE, Answers, Curves, Record, other_name, other_pairs, short
 
@@ -45,12 +47,13 @@ def write_run_report(
     costs: Mapping[str, Mapping[str, float]],
     details: Mapping[str, Any],
     searches: Mapping[str, Iterable[Mapping[str, Any]]] | None = None,
+    dialogues: Mapping[str, Sequence[Dialogue]] | None = None,
 ) -> None:
     """Writes the report of a run: results, plots, training curves, cost by stage, and solutions to browse.
 
     `curves` are the metrics.jsonl of training stages, `costs` the ledgers of the stages that made rows, `details` what the
     evaluation stages kept to be shown (`solutions`, `calibration`, `values`, `corrections`), `searches` the records of search
-    stages, of which as many trees are shown as a page has room for.
+    stages, of which as many trees are shown as a page has room for, `dialogues` the rows of stages, of which some are shown.
     """
     sections = [
         ("Results", results_section(records)),
@@ -59,6 +62,7 @@ def write_run_report(
         ("Step scores and exact values", values_section(details.get("values"))),
         ("Solutions", solutions_section(details.get("solutions") or [])),
         ("Corrections", corrections_section(details.get("corrections") or [])),
+        ("Dialogues", dialogues_section(dialogues or {})),
         ("Training", curves_section(curves)),
         ("Cost by stage", costs_section(costs)),
         ("How it was made", provenance_section(manifest)),

@@ -29,7 +29,7 @@ def worked_solution(expression: str, answer: str) -> list[str] | None:
         value = _work(ast.parse(expression.strip(), mode="eval").body, lines)
         if value != Fraction(answer.replace(",", "")):
             return None
-        return [*lines, f"The answer is {_shown(value)}"]
+        return [*lines, f"The answer is {shown(value)}"]
     except (ValueError, SyntaxError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 
@@ -44,11 +44,12 @@ def _work(node: ast.expr, lines: list[str]) -> Fraction:
     sign, apply = _OPERATORS[type(node.op)]
     left, right = _work(node.left, lines), _work(node.right, lines)
     value = apply(left, right)
-    lines.append(f"{_shown(left)} {sign} {_shown(right)} = {_shown(value)}")
+    lines.append(f"{shown(left)} {sign} {shown(right)} = {shown(value)}")
     return value
 
 
-def _shown(value: Fraction) -> str:
+def shown(value: Fraction) -> str:
+    """The number as people write it, such as 17.5. Raises ValueError if it has no short decimal form."""
     if value.denominator == 1:
         return str(value.numerator)
     text = f"{float(value):.6f}".rstrip("0")

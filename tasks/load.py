@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import typing
 from collections.abc import Callable, Mapping
@@ -34,8 +35,11 @@ def load_task(config: Mapping[str, Any]) -> Task:
         raise UserError(f"task: kind is missing; known kinds are {', '.join(KINDS)}")
     kind = values.pop("kind")
     where = f"task {kind}"
+    checked = coerce(values.pop("checked", False), bool, f"{where}: checked") if kind in ("text", *PRESETS) else False
     if kind == "text":
-        return typing.cast("Task", build(TextTask, values, where))
+        return typing.cast(
+            "Task", _checked(build(TextTask, values, where)) if checked else build(TextTask, values, where)
+        )
     if kind == "chain":
         from .chain import ChainArith
 
@@ -61,4 +65,11 @@ def load_task(config: Mapping[str, Any]) -> Task:
         made = preset(**{key: coerce(value, hints[key], f"{where}: {key}") for key, value in values.items()})
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from error
-    return typing.cast("Task", made)
+    return typing.cast("Task", _checked(made) if checked else made)
+
+
+def _checked(task: TextTask) -> TextTask:
+    """The task's problems that have a worked solution, with an exact check of each line."""
+    from .worked import WorkedTask
+
+    return WorkedTask(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)})

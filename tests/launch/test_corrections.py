@@ -279,6 +279,16 @@ def test_rows_of_rise_flips_and_inline_corrections(made: Path) -> None:
     assert found["alone", "inline_repair"] == 0
 
 
+def test_a_critic_that_finds_nothing_wrong_corrects_nothing() -> None:
+    said = Said("Final answer verdict: Correct", False, None, False)
+    chains = [Chain(f"p{i}", 0, (Attempt("x", "1", i < 2),), (said,)) for i in range(3)]
+    assert "accuracy" not in means(chains)
+    found = {metric: sum(values) / len(values) for metric, (_, values) in means(chains, planned=2).items()}
+    assert found["accuracy"] == found["accuracy@t2"] == found["majority"] == pytest.approx(2 / 3)
+    assert found["delta"] == found["helpfulness"] == found["harm"] == 0
+    assert "changed" not in found
+
+
 def test_chains_can_be_browsed(made: Path) -> None:
     page = (made / "report.html").read_text()
     details = read_json(made / "correction" / "details.json")["corrections"]

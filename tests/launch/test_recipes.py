@@ -7,13 +7,16 @@ import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 
 from stepladder.basics import read_json
+from stepladder.data_gen import critiques
 from stepladder.launch import stages
 from stepladder.launch.cli import main
 from stepladder.launch.pipeline import load_recipe, plan
+from stepladder.models.corrections import read_critique
 from stepladder.models.lab import lab_config
 from stepladder.tasks.load import load_task
 
@@ -237,3 +240,95 @@ def test_smollm2_prm800k_labels_scaled_down(chat_model: Path, tmp_path: Path, ca
         for subset in files:
             assert found[f"{kind}_tuned/{subset}", "f1"] > 0.9, (kind, subset)
     assert "ranking_tuned/math" in capsys.readouterr().out  # one table of all kinds
+
+
+SMALL = [
+    "defaults.dtype=float32", "defaults.max_length=512", "defaults.max_new_tokens=24", "defaults.lora_r=0",
+    "defaults.save_steps=1000", "defaults.batch_size=32",
+    # A random model learns the one kind of line that is here.
+    "policy.learning_rate=3e-3", "policy.num_train_epochs=24",
+]  # fmt: skip
+
+
+def run_small(recipe: str, chat_model: Path, folder: Path, *settings: str) -> tuple[Path, dict[tuple[str, str], Any]]:
+    """(run folder, records by arm and metric) of a recipe on additions of small numbers, of which it learns no test problem."""
+    word_problems(folder)
+    path = next(path for path in RECIPES if path.stem == recipe)
+    command = ["run", str(path), "--out", str(folder / "run"), f"pretrained.source={chat_model}"]
+    command += [f"defaults.task.folder={folder}", *SMALL, *settings]
+    main(command)
+    tested = [problem.id for problem in load_task({"kind": "word_problems", "folder": str(folder)}).problems("test")]
+    learnt = set()
+    for rows in (folder / "run").glob("*/rows.parquet"):
+        made = read_json(rows.parent / "rows.json")["row_type"]
+        if made in ("Dialogue", "StepLabels"):
+            learnt |= set(pyarrow.parquet.read_table(rows).column("problem_id").to_pylist())
+    assert learnt
+    assert not learnt & set(tested)
+    records = read_json(folder / "run" / "results.json")
+    return folder / "run", {(r["arm"], r["metric"]): r for r in records}
+
+
+def test_smollm2_critique_scaled_down(
+    chat_model: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = critiques.critique_rows
+
+    def readable(drafts: Any, texts: Any, *rest: Any, **more: Any) -> Any:
+        """The rows with the right verdict behind what cannot be read: two steps of training make no critic."""
+        said = {True: "\nFinal answer verdict: Correct", False: "\nFinal answer verdict: Wrong"}
+        ended = [
+            [text if read_critique(text).wrong is not None else text + said[draft.right] for text in own]
+            for draft, own in zip(drafts, texts, strict=True)
+        ]
+        return made(drafts, ended, *rest, **more)
+
+    monkeypatch.setattr(critiques, "critique_rows", readable)
+    run, found = run_small(
+        "smollm2_critique", chat_model, tmp_path, "drafts.limit=24", "drafts.samples=2", "exact.limit=16",
+        "corrector.max_steps=2", "written.limit=8", "written.max_new_tokens=40", "tried.samples=2",
+        "critic.max_steps=2", "policy_greedy.limit=8", "corrector_greedy.limit=8",
+        *(f"{stage}.limit=8" for stage in ("gated", "own", "always", "oracle", "retry", "samples")),
+        *(f"{stage}.critic_max_new_tokens=30" for stage in ("gated", "own", "always", "oracle")),
+    )  # fmt: skip
+    assert found["policy/greedy", "accuracy"]["n"] == 8
+    for arm in ("gated", "own_critic", "always", "oracle_peeks", "retry"):
+        assert found[arm, "accuracy@t1"]["value"] == found["gated", "accuracy@t1"]["value"], arm  # the same drafts
+        assert found[arm, "accuracy"]["ci"]
+    assert found["exact", "critic_recall"]["value"] == 1
+    page = (run / "report.html").read_text()
+    assert "<b>collected</b>" in page
+    assert "The critic says" in page
+
+
+def test_smollm2_rise_scaled_down(chat_model: Path, tmp_path: Path, capsys: Any) -> None:
+    stages = ("policy", "boosted", "rise_1", "rise_2")
+    run, found = run_small(
+        "smollm2_rise", chat_model, tmp_path, "rows_1.limit=12", "rows_1.best_of=3", "rows_2.limit=12", "rows_2.best_of=3",
+        "rows_boosted.limit=12", "rows_boosted.samples=3", *(f"{stage}.max_steps=2" for stage in stages[1:]),
+        *(f"{stage}_turns.limit=6" for stage in stages), *(f"{s}_samples.limit=6" for s in ("policy", "boosted", "rise_2")),
+        "oracle.limit=6",
+    )  # fmt: skip
+    for arm in ("policy", "boosted", "round_1", "round_2", "round_2_oracle_peeks"):
+        assert found[arm, "accuracy"]["n"] == 6
+        assert found[arm, "any"]["value"] >= found[arm, "accuracy@t1"]["value"]
+    for arm in ("policy", "boosted", "round_2"):
+        assert found[f"{arm}_parallel", "majority"]["n"] == 6
+    assert found["round_2_oracle_peeks", "turns"]["value"] <= found["round_2", "turns"]["value"] == 5
+    assert "<b>rows_2</b>" in (run / "report.html").read_text()
+
+
+def test_smollm2_glore_scaled_down(chat_model: Path, tmp_path: Path, capsys: Any) -> None:
+    trained = [f"{stage}.max_steps=2" for stage in ("student", "orm", "sorm", "global", "local", "solver")]
+    greedy = [f"{stage}_greedy.limit=6" for stage in ("student", "policy", "solver")]
+    run, found = run_small(
+        "smollm2_glore", chat_model, tmp_path, "draws.limit=16", "draws.samples=4", "samples.limit=32", "samples.samples=4",
+        "labels.limit=12", "labels.rollouts=3", "wrong_labels.limit=32", "wrong_labels.rollouts=3", "local_rows.samples=12",
+        "local_rows.consistent=false", "local_rows.max_new_tokens=60", "policy.num_train_epochs=24", *trained, *greedy,
+        "glore.limit=6", "random.limit=6", "three.limit=6",
+    )  # fmt: skip
+    drafts = found["glore", "accuracy@t1"]["value"]
+    assert drafts == found["student/greedy", "accuracy"]["value"]
+    assert found["glore/global", "accuracy@t1"]["value"] == drafts
+    assert found["glore", "accuracy"]["n"] == found["student/best_of_3_orm", "accuracy"]["n"] == 6
+    assert "<b>local_rows</b>" in (run / "report.html").read_text()
