@@ -40,7 +40,7 @@ def write_comparison(
     """
     sections = [
         ("Accuracy over cost", curves_figures(details)),
-        ("At equal cost", matched_section(records, details)),
+        ("At equal cost", matched_section(records, details, "flops") + matched_section(records, details, "tokens")),
         ("By difficulty", levels_section(records, details)),
         ("Repeated sampling", coverage_section(details.get("coverage"))),
         ("All searches", runs_section(records, details)),
@@ -84,14 +84,15 @@ def curves_figures(details: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def matched_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
-    """Accuracy of every arm at its largest budget that costs no more FLOPs than the reference."""
+def matched_section(records: Sequence[Record], details: Mapping[str, Any], cost: str) -> str:
+    """Accuracy of every arm at its largest budget that costs no more (`flops` or `tokens`) than the reference."""
     found = {(r["arm"], r["metric"]): r for r in records}
     reference = details["reference"]
-    budgets = sorted({one["at"] for one in details["matched"]})
-    metric, minus = "accuracy_at_equal_flops", f"accuracy_at_equal_flops_minus_{reference}"
+    matched = [one for one in details["matched"] if one["cost"] == cost]
+    budgets = sorted({one["at"] for one in matched})
+    metric, minus = f"accuracy_at_equal_{cost}", f"accuracy_at_equal_{cost}_minus_{reference}"
     arms = list(dict.fromkeys(a.rpartition("~")[0] for a, m in found if m == metric))
-    chosen = {(f"{one['rule']}/{one['arm']}", one["at"]): one["budget"] for one in details["matched"]}
+    chosen = {(f"{one['rule']}/{one['arm']}", one["at"]): one["budget"] for one in matched}
     rows = []
     for arm in arms:
         cells = []
@@ -102,14 +103,21 @@ def matched_section(records: Sequence[Record], details: Mapping[str, Any]) -> st
         cells += [page.cell(found.get((f"{arm}~{budget}", minus)), difference=True) for budget in budgets]
         rows.append([page.text(arm), *cells])
     heads = [f"{reference}@{budget}" for budget in budgets]
+    if not rows:
+        return ""
+    heads = [f"as {reference}@{budget}" for budget in budgets]
+    paid = {"flops": "FLOPs, policy and reward model together,", "tokens": "tokens, sampled by the policy,"}[cost]
     caption = (
-        f"Each column allows the FLOPs, policy and reward model together, of {reference} at that budget and the slack of the "
-        "comparison; @ is the largest budget of the arm that keeps within it. "
-        "Majority vote asks no reward model and buys more samples. compute_optimal "
-        "takes each level of difficulty's best arm on one half of its problems and is measured on the other; what it costs "
-        "to tell the level is not charged."
+        f"Each column allows the {paid} of {reference} at that budget and the slack of the comparison; @ is the largest budget "
+        "of the arm that keeps within it, a line where even its least does not. Bold differences have an interval without 0."
     )
-    return page.table("", [("accuracy, %", heads), ("difference, points", heads)], rows, caption) if rows else ""
+    if cost == "flops":
+        caption += (
+            " Majority vote asks no reward model and buys more samples. compute_optimal takes each level of difficulty's best "
+            "arm on one half of its problems and is measured on the other; what it costs to tell the level is not charged."
+        )
+    title = {"flops": "At equal FLOPs", "tokens": "At equal sampled tokens"}[cost]
+    return page.table(title, [("accuracy, %", heads), ("difference, points", heads)], rows, caption)
 
 
 def levels_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:

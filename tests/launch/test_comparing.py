@@ -176,9 +176,9 @@ def test_at_equal_cost_nobody_pays_more_than_the_reference_and_its_slack(done):
     found = records_of(done)
     details = read_json(done / "details.json")["search"]
     assert details["reference"] == "best_of_n"
-    metric = comparing.MATCHED
     checked = 0
     for one in details["matched"]:
+        metric, cost = f"accuracy_at_equal_{one['cost']}", one["cost"]
         if one["rule"] == "majority":
             assert found[f"majority/best_of_n~{one['at']}", metric]["flops"] <= (
                 found[f"best/best_of_n@{one['at']}", "accuracy"]["flops"] * 1.001
@@ -186,20 +186,23 @@ def test_at_equal_cost_nobody_pays_more_than_the_reference_and_its_slack(done):
             assert one["budget"] >= one["at"]  # the reward model's share buys more samples
             continue
         arm = found[f"{one['rule']}/{one['arm']}~{one['at']}", metric]
-        allowed = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"]["flops"] * 1.05
+        allowed = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"][cost] * 1.05
         assert one["allowed"] == pytest.approx(allowed)
-        assert arm["flops"] <= allowed * (1 + 1e-9)
+        assert arm[cost] <= allowed * (1 + 1e-9)
         larger = [
-            r["flops"]
+            r[cost]
             for (name, m), r in found.items()
             if m == "accuracy" and name.startswith(f"{one['rule']}/{one['arm']}@")
         ]
-        assert arm["flops"] == max(f for f in larger if f <= allowed * (1 + 1e-9))
+        assert arm[cost] == max(f for f in larger if f <= allowed * (1 + 1e-9))
         if one["arm"] != "best_of_n":
             checked += 1
             minus = found[f"{one['rule']}/{one['arm']}~{one['at']}", f"{metric}_minus_best_of_n"]
             base = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"]["value"]
             assert minus["value"] == pytest.approx(arm["value"] - base)
+            assert minus["ci"][0] <= minus["value"] <= minus["ci"][1]
+    metric = comparing.MATCHED
+    assert {one["cost"] for one in details["matched"]} == {"flops", "tokens"}
     assert checked >= 4
     # Where even the least budget of an arm is dearer there is no number, and it is told.
     for rule in ("best", "weighted"):
@@ -216,12 +219,20 @@ def test_values_problem_by_problem_go_with_the_records(done):
     found = records_of(done)
     for one in read_json(done / "values.json"):
         assert sum(one["values"].values()) / 12 == pytest.approx(found[one["arm"], one["metric"]]["value"])
-    assert {one["metric"] for one in read_json(done / "values.json")} == {"accuracy", comparing.MATCHED}
+    metrics = {one["metric"] for one in read_json(done / "values.json")}
+    assert metrics == {"accuracy", "accuracy_at_equal_flops", "accuracy_at_equal_tokens"}
 
 
 def test_curves_and_page_are_written(done):
     page = (done / "report.html").read_text()
-    for words in ("Accuracy over cost", "At equal cost", "By difficulty", "Repeated sampling", "weighted/pav"):
+    for words in (
+        "Accuracy over cost",
+        "At equal FLOPs",
+        "At equal sampled tokens",
+        "By difficulty",
+        "Repeated sampling",
+        "weighted/pav",
+    ):
         assert words in page
     for cost in ("flops", "tokens", "serial"):
         assert (done / f"curves-{cost}.png").read_bytes().startswith(b"\x89PNG")
@@ -304,6 +315,28 @@ def test_an_arm_may_have_a_reward_model_of_its_own(done, prm, tiny_scorer, tmp_p
     rows = read_rows(out / "theirs@4", Solution)[: len(found)]
     scores = RewardModel.load(str(tmp_path / "other")).score([(row.prompt, row.steps) for row in rows])
     assert [f["score"] for f in found] == pytest.approx([aggregate(one, "last") for one in scores], abs=1e-4)
+
+
+def test_an_arm_may_have_a_temperature_of_its_own(done, prm, tmp_path):
+    """Greedy decoding beside searches that sample: one solution, always the same, as the policy writes it at temperature 0."""
+    from stepladder.launch.options_search import ComparedArm
+
+    config = Compare(arms={"a": ComparedArm("beam"), "greedy": ComparedArm("best_of_n", temperature=0.0, budgets=[1])})
+    assert {name: search.temperature for (name, _), search in config.searches().items()} == {"a": 1.0, "greedy": 0.0}
+    greedy = {"strategy": "best_of_n", "temperature": 0, "budgets": [1]}
+    out = compare(tmp_path / "out", prm, arms={"best_of_n": {**ARMS["best_of_n"], "budgets": [4]}, "greedy": greedy})
+    main([
+        "data", "solutions", "--out", str(tmp_path / "plain"), "--task", json.dumps(TASK), "--policy", POLICY, "--split", "test",
+        "--samples", "1", "--temperature", "0", "--max_new_tokens", "64", "--device", "cpu",
+    ])  # fmt: skip
+    texts = lambda folder: {row.problem_id: row.steps for row in read_rows(folder, Solution)}
+    assert texts(out / "greedy@1") == texts(tmp_path / "plain")
+    # The pool and the reference are those of the first best_of_n, which samples.
+    assert read_json(out / "details.json")["search"]["reference"] == "best_of_n"
+    drawn = lambda folder: (folder / "best_of_n@4" / "search.jsonl").read_text()
+    assert drawn(out) == drawn(
+        compare(tmp_path / "sampled", prm, arms={"best_of_n": {**ARMS["best_of_n"], "budgets": [4]}})
+    )
 
 
 def test_a_width_above_the_budget_is_cut_to_it():
