@@ -47,6 +47,7 @@ RULES = ("best", "weighted", "majority", "pass")
 # Where a task can check steps: the bound again, of solutions that are right in every step and not in their answer alone.
 SOUND = "sound"
 UNSCORED = ("majority", "pass", SOUND)  # rules that ask no reward model
+LEGIBLE = 32  # the page draws the trees of each arm's largest budget up to this one, which a person can read
 # What arms are matched by, and the metric of it: FLOPs of all models, or the tokens that the policy sampled.
 MATCHED = "accuracy_at_equal_flops"
 MATCHED_BY: dict[str, tuple[str, Callable[[Ledger], float]]] = {
@@ -264,8 +265,11 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     }
     write_json(make_folder(out) / DETAILS, {"search": details})
     write_json(out / VALUES, values)
-    most = {name: config.budgets_of(arm)[-1] for name, arm in config.arms.items()}
-    trees = {f"{name}@{budget}": read_searches(_folder(out, name, budget)) for name, budget in most.items()}
+    drawn: dict[str, int] = {}
+    for name, arm in config.arms.items():
+        budgets = [budget for budget in config.budgets_of(arm) if not _from_pool(config, name, budget)]
+        drawn[name] = max((budget for budget in budgets if budget <= LEGIBLE), default=budgets[0])
+    trees = {f"{name}@{budget}": read_searches(_folder(out, name, budget)) for name, budget in drawn.items()}
     write_comparison(out, records + by_level, details, f"Search on {task.name}", trees)
     write_json(out / RESULTS, records + by_level)
     print(format_table([r for r in records if r["metric"] == "accuracy"]))

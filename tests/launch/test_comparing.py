@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +362,54 @@ def test_a_pool_gives_every_rule_its_credit():
     assert tie.credit("best") == 0.5  # first come is not better
     walked = comparing.Pool(["1", "2"], [True, False], [0.9, 0.5], 1, [1, 1])
     assert walked.credit("best") == 0.0  # a search that chose by something else than the score
+
+
+def test_more_searches_than_colours_have_a_chart_each_with_intervals():
+    line = lambda i: [(1.0, (10.0 + i, 5.0, 20.0)), (100.0, (50.0 + i, 40.0, 60.0 + i))]
+    lines = {f"arm{i}": line(i) for i in range(12)}
+    made = charts.apart_charts(lines, "arm0", ("FLOPs", "accuracy, %"))
+    assert list(made) == list(lines)
+    for i, (name, chart) in enumerate(made.items()):
+        assert f"{name}: {50 + i:.1f} [40.0, {60 + i:.1f}] for 100" in chart
+        assert chart.count('class="path thin') == 2  # an interval at each budget
+        assert chart.count('class="path rest"') == (11 if name == "arm0" else 10)
+        assert chart.count('class="path k1"') == 1  # the reference, whatever the heading is
+        assert chart.count('class="path k0"') == (name != "arm0")
+    # All charts share their axes: the same cost stands at the same place.
+    assert len({re.search(r'<polyline class="path k1" points="[^"]*"', chart)[0] for chart in made.values()}) == 1
+    assert charts.apart_charts({"one": [(5.0, (0.0, 0.0, 0.0))]}, "none", ("x", "y"))
+
+
+def test_the_page_changes_its_charts_with_the_number_of_searches():
+    from stepladder.launch import report_search
+
+    def details(arms: int) -> dict[str, Any]:
+        run = lambda arm: {
+            "arm": arm, "budget": 4, "accuracy": dict.fromkeys(comparing.RULES, 0.5), "tokens": 10.0, "serial": 5.0,
+            "flops": dict.fromkeys(comparing.RULES, 1e6), "ledger": Ledger().to_json(), "about": {},
+        }  # fmt: skip
+        return {"reference": "arm0", "runs": [run(f"arm{i}") for i in range(arms)]}
+
+    found = [{"arm": "weighted/arm3@4", "metric": "accuracy", "ci": [0.41, 0.59]}]
+    few, many = (report_search.curves_figures(found, details(n)) for n in (4, 5))
+    assert few.count("<svg role") == 6  # two rules, three costs
+    assert many.count("<svg role") == 6 * 5
+    assert many.count("<details>") == 4  # tokens, and tokens one after another
+    assert "arm3: 50.0 [41.0, 59.0] for 1M" in many
+    assert "arm2: 50.0 [50.0, 50.0] for 1M" in many
+
+
+def test_the_page_draws_trees_that_a_person_can_read(done):
+    """The largest budget up to LEGIBLE; of independent samples the pool, which is all there is."""
+    told = re.search(r"Trees shown: ([^<]*)", (done / "report.html").read_text())[1]
+    assert [one.split(":")[0] for one in told.split("; ")] == ["best_of_n@8", "beam@4", "pav@4", "mcts@6"]
+
+
+def test_a_tree_of_a_smaller_budget_is_drawn_where_the_largest_is_too_wide(done, prm, monkeypatch, tmp_path):
+    monkeypatch.setattr(comparing, "LEGIBLE", 3)
+    page = (compare(shutil.copytree(done, tmp_path / "out"), prm) / "report.html").read_text()
+    told = re.search(r"Trees shown: ([^<]*)", page)[1]
+    assert [one.split(":")[0] for one in told.split("; ")] == ["best_of_n@8", "beam@2", "pav@2", "mcts@3"]
 
 
 def test_curves_have_a_name_at_their_end():
