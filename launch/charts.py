@@ -45,12 +45,13 @@ class Area:
         """The mark of a series, with words for the mouse."""
         self.parts.append(f'<svg x="{x:.2f}%" y="{y:.1f}">{_sign(series, words)}</svg>')
 
-    def path(self, points: Iterable[Point], series: int) -> None:
-        """A line through points of the data."""
+    def path(self, points: Iterable[Point], series: int | None) -> None:
+        """A line through points of the data; of no series (None) it stays behind those of the others."""
         places = " ".join(f"{self.across(x):.2f},{self.down(y):.1f}" for x, y in points)
         # A box of its own is stretched to the page, so that percentages can be joined to a line.
         box = f'<svg width="100%" height="{self.height}" viewBox="0 0 100 {self.height}" preserveAspectRatio="none">'
-        self.parts.append(f'{box}<polyline class="path k{series % SERIES}" points="{places}"/></svg>')
+        name = "rest" if series is None else f"k{series % SERIES}"
+        self.parts.append(f'{box}<polyline class="path {name}" points="{places}"/></svg>')
 
     def axes(self, x_label: str, y_label: str, x_ticks: Sequence[float] | None = None) -> None:
         """Grid, ticks, and what the axes are; without `y_label` only the horizontal axis."""
@@ -166,6 +167,44 @@ def curve_chart(lines: Mapping[str, Sequence[Point]], labels: tuple[str, str]) -
         area.text(end, place, name, "value" if side > 0 else "value end", 22 * side)
     words = "; ".join(f"{name} from {p[0][1]:.1f} to {p[-1][1]:.1f}" for name, p in lines.items())
     return area.svg(f"{labels[1]} over {labels[0]}: {words}")
+
+
+def apart_charts(
+    lines: Mapping[str, Sequence[tuple[float, Interval]]], reference: str, labels: tuple[str, str]
+) -> dict[str, str]:
+    """Name -> a chart of this line with its intervals before all others, of which only the reference is told by its colour.
+
+    For more lines than there are colours: (cost, value with interval) over a logarithmic axis, in percent, on axes that all
+    charts share.
+    """
+    every = [p for points in lines.values() for p in points]
+    costs = [x for x, _ in every]
+    x = (min(costs) / 1.3, max(costs) * 1.3)
+    y = (max(0.0, min(low for _, (_, low, _) in every) - 3), min(102.0, max(high for _, (_, _, high) in every) + 3))
+    made = {}
+    for name, points in lines.items():
+        area = Area(x, y, 150, log=True)
+        area.axes(*labels, log_ticks(*x))
+        plain = {other: [(cost, value) for cost, (value, _, _) in some] for other, some in lines.items()}
+        for other in plain:
+            if other not in (name, reference):
+                area.path(plain[other], None)
+        if reference in plain and reference != name:
+            area.path(plain[reference], 1)
+        series = 1 if name == reference else 0
+        for cost, (_, low, high) in points:
+            area.line(area.across(cost), area.down(low), area.across(cost), area.down(high), f"path thin k{series}")
+        area.path(plain[name], series)
+        for cost, (value, low, high) in points:
+            words = f"{name}: {value:.1f} [{low:.1f}, {high:.1f}] for {number(cost)}"
+            area.mark(area.across(cost), area.down(value), series, words)
+        cost, (value, _, _) = points[-1]
+        area.text(area.across(cost), area.down(value), f"{value:.1f}", "value", 9)
+        told = "; ".join(
+            f"{value:.1f} [{low:.1f}, {high:.1f}] for {number(cost)}" for cost, (value, low, high) in points
+        )
+        made[name] = area.svg(f"{labels[1]} over {labels[0]}: {name} {told}")
+    return made
 
 
 def reliability_chart(bins: Sequence[tuple[float, Interval]], labels: tuple[str, str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,13 @@ RULES = ("best", "weighted", "majority", "pass")
 # Where a task can check steps: the bound again, of solutions that are right in every step and not in their answer alone.
 SOUND = "sound"
 UNSCORED = ("majority", "pass", SOUND)  # rules that ask no reward model
+LEGIBLE = 32  # the page draws the trees of each arm's largest budget up to this one, which a person can read
+# What arms are matched by, and the metric of it: FLOPs of all models, or the tokens that the policy sampled.
 MATCHED = "accuracy_at_equal_flops"
+MATCHED_BY: dict[str, tuple[str, Callable[[Ledger], float]]] = {
+    "flops": (MATCHED, lambda ledger: ledger.flops),
+    "tokens": ("accuracy_at_equal_tokens", lambda ledger: ledger.generated_tokens),
+}
 
 
 @dataclass
@@ -166,22 +172,35 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     for budget in config.budgets_of(config.arms[reference]):
         for rule in ("best", "weighted"):
             base = runs[reference, budget]
-            allowed = base.ledgers[rule].flops * (1 + config.slack)
-            at = {name: within(runs, name, rule, allowed) for name in config.arms}
-            at[reference] = base
-            found = {name: run for name, run in at.items() if run is not None}
-            # An arm that is dearer at its least budget is told, as undefined, and not left out.
-            records += [
-                record(f"{rule}/{name}~{budget}", MATCHED, math.nan, len(ids), config.seed)
-                for name in config.arms
-                if name not in found
-            ]
-            for name, run in found.items():
-                arm = f"{rule}/{name}~{budget}"
-                add(arm, MATCHED, run.values[rule], run.ledgers[rule])
-                if name != reference:
-                    add(arm, f"{MATCHED}_minus_{reference}", run.values[rule], run.ledgers[rule], base.values[rule])
-                matched.append({"rule": rule, "arm": name, "at": budget, "budget": run.budget, "allowed": allowed})
+            affordable: dict[str, dict[str, Run]] = {}
+            for cost, (metric, paid) in MATCHED_BY.items():
+                allowed = paid(base.ledgers[rule]) * (1 + config.slack)
+                at = {name: within(runs, name, rule, allowed, paid) for name in config.arms}
+                at[reference] = base
+                found = affordable[cost] = {name: run for name, run in at.items() if run is not None}
+                # An arm that is dearer at its least budget is told, as undefined, and not left out.
+                records += [
+                    record(f"{rule}/{name}~{budget}", metric, math.nan, len(ids), config.seed)
+                    for name in config.arms
+                    if name not in found
+                ]
+                for name, run in found.items():
+                    arm = f"{rule}/{name}~{budget}"
+                    add(arm, metric, run.values[rule], run.ledgers[rule])
+                    if name != reference:
+                        minus = f"{metric}_minus_{reference}"
+                        add(arm, minus, run.values[rule], run.ledgers[rule], base.values[rule])
+                    matched.append(
+                        {
+                            "cost": cost,
+                            "rule": rule,
+                            "arm": name,
+                            "at": budget,
+                            "budget": run.budget,
+                            "allowed": allowed,
+                        }
+                    )
+            found = affordable["flops"]
             for kind, easy in easiness.items():
                 levels = difficulty_levels({i: easy.get(i, 0.0) for i in ids}, config.levels)
                 chosen = compute_optimal({n: r.values[rule] for n, r in found.items()}, levels, seed=config.seed)
@@ -195,7 +214,16 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
                 }
         if pool is not None and (rival := _votes_within(config, pools, runs, pool, budget, reference, ids, out)):
             add(f"majority/{pool}~{budget}", MATCHED, rival.values["majority"], rival.ledgers["majority"])
-            matched.append({"rule": "majority", "arm": pool, "at": budget, "budget": rival.budget, "allowed": None})
+            matched.append(
+                {
+                    "cost": "flops",
+                    "rule": "majority",
+                    "arm": pool,
+                    "at": budget,
+                    "budget": rival.budget,
+                    "allowed": None,
+                }
+            )
     by_level: list[dict[str, Any]] = []
     if "oracle" in easiness:
         levels = difficulty_levels({i: easiness["oracle"].get(i, 0.0) for i in ids}, config.levels)
@@ -237,8 +265,11 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     }
     write_json(make_folder(out) / DETAILS, {"search": details})
     write_json(out / VALUES, values)
-    most = {name: config.budgets_of(arm)[-1] for name, arm in config.arms.items()}
-    trees = {f"{name}@{budget}": read_searches(_folder(out, name, budget)) for name, budget in most.items()}
+    drawn: dict[str, int] = {}
+    for name, arm in config.arms.items():
+        budgets = [budget for budget in config.budgets_of(arm) if not _from_pool(config, name, budget)]
+        drawn[name] = max((budget for budget in budgets if budget <= LEGIBLE), default=budgets[0])
+    trees = {f"{name}@{budget}": read_searches(_folder(out, name, budget)) for name, budget in drawn.items()}
     write_comparison(out, records + by_level, details, f"Search on {task.name}", trees)
     write_json(out / RESULTS, records + by_level)
     print(format_table([r for r in records if r["metric"] == "accuracy"]))
@@ -356,10 +387,12 @@ def without_reward(ledger: Ledger, sizes: Mapping[str, int]) -> Ledger:
     return rest
 
 
-def within(runs: Mapping[tuple[str, int], Run], name: str, rule: str, flops: float) -> Run | None:
-    """The most expensive run of an arm that costs no more than `flops`; None if all cost more."""
-    inside = [run for (n, _), run in runs.items() if n == name and run.ledgers[rule].flops <= flops * (1 + 1e-9)]
-    return max(inside, key=lambda run: run.ledgers[rule].flops, default=None)
+def within(
+    runs: Mapping[tuple[str, int], Run], name: str, rule: str, allowed: float, paid: Callable[[Ledger], float]
+) -> Run | None:
+    """The most expensive run of an arm that costs no more than `allowed`; None if all cost more."""
+    inside = [run for (n, _), run in runs.items() if n == name and paid(run.ledgers[rule]) <= allowed * (1 + 1e-9)]
+    return max(inside, key=lambda run: paid(run.ledgers[rule]), default=None)
 
 
 def _votes_within(

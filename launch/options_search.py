@@ -180,6 +180,9 @@ class ComparedArm:
     budgets: list[int] | None = option(None, "budgets of this strategy in place of the common ones")
     reward: str | None = option(None, "in place of the common one")
     aggregation: str | None = option(None, "in place of the common one")
+    temperature: float | None = option(
+        None, "in place of the common one; best_of_n at 0 and budget 1 is greedy decoding"
+    )
     alpha: float = option(0.0, "weight of the advantage in the reward that guides")
     prover_k: int = option(4, "K of the Best-of-K prover")
     prover: str = option("", "a reward model whose values are the prover's, in place of Best-of-K")
@@ -197,7 +200,7 @@ class Compare(Refining, Correcting, WithPolicy):
     )
     aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
     arms: dict[str, ComparedArm] = option(
-        {}, "name -> strategy, settings, budgets, reward, aggregation, alpha, prover_k, prover"
+        {}, "name -> strategy, settings, budgets, reward, aggregation, temperature, alpha, prover_k, prover"
     )
     budgets: list[int] = option([1, 4, 16, 64], "what the budget setting of each strategy is set to")
     reference: str = option(
@@ -240,7 +243,8 @@ class Compare(Refining, Correcting, WithPolicy):
             for budget in self.budgets_of(arm):
                 settings = with_budget(arm.strategy, arm.settings, budget)
                 values = {key: getattr(self, key) for key in shared}
-                values |= {k: v for k in ("reward", "aggregation") if (v := getattr(arm, k)) is not None}
+                own = ("reward", "aggregation", "temperature")
+                values |= {k: v for k in own if (v := getattr(arm, k)) is not None}
                 values |= {k: getattr(arm, k) for k in ("strategy", "alpha", "prover_k", "prover")}
                 try:
                     found[name, budget] = Search(**values, settings=settings)

@@ -39,8 +39,8 @@ def write_comparison(
     `searches` are the records of searches whose trees are shown.
     """
     sections = [
-        ("Accuracy over cost", curves_figures(details)),
-        ("At equal cost", matched_section(records, details)),
+        ("Accuracy over cost", curves_figures(records, details)),
+        ("At equal cost", matched_section(records, details, "flops") + matched_section(records, details, "tokens")),
         ("By difficulty", levels_section(records, details)),
         ("Repeated sampling", coverage_section(details.get("coverage"))),
         ("All searches", runs_section(records, details)),
@@ -53,63 +53,102 @@ def write_comparison(
         print("curves as PNG need matplotlib (the extra `plots`); they are in report.html", flush=True)
         return
     for cost in COSTS:
-        save_curves(out / f"curves-{cost}.png", curves(details, "weighted", cost), COSTS[cost], title)
+        save_curves(out / f"curves-{cost}.png", curves(records, details, "weighted", cost), COSTS[cost], title)
 
 
-def curves(details: Mapping[str, Any], rule: str, cost: str) -> dict[str, list[tuple[float, float]]]:
-    """Arm -> (cost a problem, accuracy in percent) of its budgets, the cheapest first."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+def curves(
+    records: Sequence[Record], details: Mapping[str, Any], rule: str, cost: str
+) -> dict[str, list[tuple[float, charts.Interval]]]:
+    """Arm -> (cost a problem, accuracy in percent with its interval) of its budgets, the cheapest first."""
+    intervals = {r["arm"]: r["ci"] for r in records if r["metric"] == "accuracy"}
+    lines: dict[str, list[tuple[float, charts.Interval]]] = {}
     for run in details["runs"]:
         paid = run["flops"][rule] if cost == "flops" else run[cost]
+        value = run["accuracy"][rule]
+        low, high = intervals.get(f"{rule}/{run['arm']}@{run['budget']}") or (value, value)
         if paid > 0:
-            lines.setdefault(run["arm"], []).append((paid, 100 * run["accuracy"][rule]))
+            lines.setdefault(run["arm"], []).append((paid, (100 * value, 100 * low, 100 * high)))
     return {arm: sorted(points) for arm, points in lines.items()}
 
 
-def curves_figures(details: Mapping[str, Any]) -> str:
-    """Accuracy over FLOPs and over tokens, by the search's own choice and by weighted vote."""
+def curves_figures(records: Sequence[Record], details: Mapping[str, Any]) -> str:
+    """Accuracy over each cost, by weighted vote and by the search's own choice.
+
+    A few searches share one chart; more than there are colours have one each, with its intervals, before all others.
+    """
+    words = (
+        "The cost axis is logarithmic. FLOPs count the policy and the reward model, forward. Tokens one after another "
+        "are the longest sample of each round: what is waited for, however wide the batches are."
+    )
+    reference = details["reference"]
+    apart = (
+        f"The search of the heading with its 95 % intervals, {reference} in its own colour, and all others in grey, "
+        "on the same axes. "
+    )
     parts = []
     for rule in ("weighted", "best"):
-        panels = []
-        for cost, label in COSTS.items():
-            lines = curves(details, rule, cost)
-            if lines:
-                panels.append(f"<div>{charts.curve_chart(lines, (label, 'accuracy, %'))}</div>")
-        if panels:
-            words = (
-                "The cost axis is logarithmic. FLOPs count the policy and the reward model, forward. Tokens one after another "
-                "are the longest sample of each round: what is waited for, however wide the batches are."
+        title = WORDS[rule].capitalize()
+        found = {cost: lines for cost in COSTS if (lines := curves(records, details, rule, cost))}
+        if not found:
+            continue
+        if max(map(len, found.values())) <= charts.SERIES:
+            panels = [
+                charts.curve_chart(
+                    {arm: [(x, value) for x, (value, _, _) in points] for arm, points in lines.items()},
+                    (COSTS[cost], "accuracy, %"),
+                )
+                for cost, lines in found.items()
+            ]
+            body = "".join(f"<div>{panel}</div>" for panel in panels)
+            parts.append(page.figure(title, f'<div class="panels">{body}</div>', words))
+            continue
+        for cost, lines in found.items():
+            made = charts.apart_charts(lines, reference, (COSTS[cost], "accuracy, %"))
+            body = "".join(f"<div><h4>{page.text(arm)}</h4>{chart}</div>" for arm, chart in made.items())
+            figure = page.figure(
+                f"{title}, over {COSTS[cost]}", f'<div class="panels small">{body}</div>', apart + words
             )
-            parts.append(page.figure(WORDS[rule].capitalize(), f'<div class="panels">{"".join(panels)}</div>', words))
+            # FLOPs are what a comparison goes by; the other two are a click away.
+            summary = f"<summary>{page.text(title)}, over {page.text(COSTS[cost])}</summary>"
+            parts.append(figure if cost == "flops" else f"<details>{summary}{figure}</details>")
     return "".join(parts)
 
 
-def matched_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
-    """Accuracy of every arm at its largest budget that costs no more FLOPs than the reference."""
+def matched_section(records: Sequence[Record], details: Mapping[str, Any], cost: str) -> str:
+    """Accuracy of every arm at its largest budget that costs no more (`flops` or `tokens`) than the reference."""
     found = {(r["arm"], r["metric"]): r for r in records}
     reference = details["reference"]
-    budgets = sorted({one["at"] for one in details["matched"]})
-    metric, minus = "accuracy_at_equal_flops", f"accuracy_at_equal_flops_minus_{reference}"
+    matched = [one for one in details["matched"] if one["cost"] == cost]
+    budgets = sorted({one["at"] for one in matched})
+    metric, minus = f"accuracy_at_equal_{cost}", f"accuracy_at_equal_{cost}_minus_{reference}"
     arms = list(dict.fromkeys(a.rpartition("~")[0] for a, m in found if m == metric))
-    chosen = {(f"{one['rule']}/{one['arm']}", one["at"]): one["budget"] for one in details["matched"]}
+    chosen = {(f"{one['rule']}/{one['arm']}", one["at"]): one["budget"] for one in matched}
     rows = []
     for arm in arms:
         cells = []
         for budget in budgets:
             one = found.get((f"{arm}~{budget}", metric))
-            mark = f" <small>@{chosen[arm, budget]}</small>" if (arm, budget) in chosen else ""
-            cells.append(page.cell(one) + mark if one else "-")
+            mark = f'<span class="tag">@{chosen[arm, budget]}</span> ' if (arm, budget) in chosen else ""
+            cells.append(mark + page.cell(one) if one else "-")
         cells += [page.cell(found.get((f"{arm}~{budget}", minus)), difference=True) for budget in budgets]
         rows.append([page.text(arm), *cells])
     heads = [f"{reference}@{budget}" for budget in budgets]
+    if not rows:
+        return ""
+    heads = [str(budget) for budget in budgets]
+    paid = {"flops": "FLOPs, policy and reward model together,", "tokens": "tokens, sampled by the policy,"}[cost]
     caption = (
-        f"Each column allows the FLOPs, policy and reward model together, of {reference} at that budget and the slack of the "
-        "comparison; @ is the largest budget of the arm that keeps within it. "
-        "Majority vote asks no reward model and buys more samples. compute_optimal "
-        "takes each level of difficulty's best arm on one half of its problems and is measured on the other; what it costs "
-        "to tell the level is not charged."
+        f"Each column allows the {paid} of {reference} at that budget and the slack of the comparison; @ is the largest budget "
+        "of the arm that keeps within it, a line where even its least does not. Bold differences have an interval without 0."
     )
-    return page.table("", [("accuracy, %", heads), ("difference, points", heads)], rows, caption) if rows else ""
+    if cost == "flops":
+        caption += (
+            " Majority vote asks no reward model and buys more samples. compute_optimal takes each level of difficulty's best "
+            "arm on one half of its problems and is measured on the other; what it costs to tell the level is not charged."
+        )
+    title = {"flops": "At equal FLOPs", "tokens": "At equal sampled tokens"}[cost]
+    at = f"at the {'FLOPs' if cost == 'flops' else 'tokens'} of {reference}@"
+    return page.table(title, [(f"accuracy, %, {at}", heads), (f"difference, points, {at}", heads)], rows, caption)
 
 
 def levels_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
@@ -187,23 +226,36 @@ def runs_section(records: Sequence[Record], details: Mapping[str, Any]) -> str:
     return page.table("", groups, rows, caption)
 
 
-def save_curves(path: Path, lines: Mapping[str, Sequence[tuple[float, float]]], cost: str, title: str) -> None:
-    """Writes the curves as a PNG."""
+def save_curves(
+    path: Path, lines: Mapping[str, Sequence[tuple[float, charts.Interval]]], cost: str, title: str
+) -> None:
+    """Writes the curves as a PNG: every arm with a colour and mark of its own, and its intervals; the best at the end first."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
-    marks = "osD^vP*X<>"
-    for number, (arm, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), marker=marks[number % len(marks)], label=arm, linewidth=1.5)
+    figure, axes = pyplot.subplots(figsize=(10, 5.5), dpi=120)
+    marks = "osD^vP*X<>pdh8"
+    colours = pyplot.get_cmap("tab20").colors  # the ten dark ones, then their light sisters
+    colours = [*colours[::2], *colours[1::2]]
+    ordered = sorted(enumerate(lines.items()), key=lambda one: -one[1][1][-1][1][0])
+    for number, (arm, points) in ordered:
+        costs = [x for x, _ in points]
+        values = [value for _, (value, _, _) in points]
+        colour = colours[number % len(colours)]
+        spans = [[value - low for _, (value, low, _) in points], [high - value for _, (value, _, high) in points]]
+        axes.errorbar(costs, values, spans, fmt="none", ecolor=colour, elinewidth=1, alpha=0.4)
+        axes.plot(
+            costs, values, color=colour, marker=marks[number % len(marks)], label=arm, linewidth=1.5, markersize=6
+        )
     axes.set_xscale("log")
     axes.set_xlabel(cost)
-    axes.set_ylabel("accuracy, % (weighted vote)")
-    axes.set_title(title)
+    axes.set_ylabel("accuracy by weighted vote, %")
+    axes.set_title(f"{title}, with 95 % intervals")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    # Beside the lines, not over them.
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Software": None})
     pyplot.close(figure)

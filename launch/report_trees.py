@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..basics import finite
 from . import page
 
 ROOM = 1_900_000  # bytes of a whole page that should be easy to mail and to open
@@ -15,13 +15,24 @@ _STATUS = ("kept", "pruned", "finished")
 
 
 @dataclass
-class Packed:
-    """One search: its first trees as JSON, and how many records it has."""
+class _Search:
+    """One search: the trees that are shown of it, as JSON, and what its records say, read as far as they are needed."""
 
+    left: Iterator[Mapping[str, Any]]
     strategy: str = ""
     trees: list[str] = field(default_factory=list)
     drawn: int = 0  # records with a tree
     records: int = 0
+
+    def next(self) -> Mapping[str, Any] | None:
+        """The next record with a tree; None at the end."""
+        for record in self.left:
+            self.strategy = self.strategy or record["strategy"]
+            self.records += 1
+            if record["nodes"]:
+                self.drawn += 1
+                return record
+        return None
 
 
 def trees_section(searches: Mapping[str, Iterable[Mapping[str, Any]]], room: int = ROOM) -> str:
@@ -30,25 +41,34 @@ def trees_section(searches: Mapping[str, Iterable[Mapping[str, Any]]], room: int
     The searches take turns, so that each shows the same problems, until `room` bytes are full; a tree that does not fit is
     left out. How many are shown is said. The trees travel as JSON, and the page's script writes all text as text.
     """
-    packed = {name: _pack_all(records, room) for name, records in searches.items()}
+    packed = {name: _Search(iter(records)) for name, records in searches.items()}
+    going = list(packed.values())
+    used, least = (
+        0,
+        0,
+    )  # bytes of what is shown, and of the smallest tree so far: with less room nothing is packed any more
+    while going:
+        for one in tuple(going):
+            record = one.next()
+            if record is None:
+                going.remove(one)
+            elif used + least <= room:
+                tree = pack(record)
+                least = min(least or len(tree), len(tree))
+                if used + len(tree) <= room:
+                    one.trees.append(tree)
+                    used += len(tree)
     packed = {name: one for name, one in packed.items() if one.drawn}
     if not packed:
         return ""
-    shown: dict[str, list[str]] = {name: [] for name in packed}
-    used = 0
-    for place in range(max(len(one.trees) for one in packed.values())):
-        for name, one in packed.items():
-            if place < len(one.trees) and used + len(one.trees[place]) <= room:
-                shown[name].append(one.trees[place])
-                used += len(one.trees[place])
     parts = []
-    for name, trees in shown.items():
-        head = page.embedded({"name": name, "strategy": packed[name].strategy})
-        parts.append(f'{head[:-1]},"trees":[{",".join(trees)}]}}')
+    for name, one in packed.items():
+        head = page.embedded({"name": name, "strategy": one.strategy})
+        parts.append(f'{head[:-1]},"trees":[{",".join(one.trees)}]}}')
     counts = "; ".join(
-        f"{name}: {len(trees)} of {packed[name].records} problems"
-        + (f" ({packed[name].drawn} have a tree)" if packed[name].drawn < packed[name].records else "")
-        for name, trees in shown.items()
+        f"{name}: {len(one.trees)} of {one.records} problems"
+        + (f" ({one.drawn} have a tree)" if one.drawn < one.records else "")
+        for name, one in packed.items()
     )
     button = lambda name, words: f'<button class="{name}" type="button">{words}</button>'
     return (
@@ -76,22 +96,6 @@ def trees_section(searches: Mapping[str, Iterable[Mapping[str, Any]]], room: int
     )
 
 
-def _pack_all(records: Iterable[Mapping[str, Any]], room: int) -> Packed:
-    made, size = Packed(), 0
-    for record in records:
-        made.strategy = made.strategy or record["strategy"]
-        made.records += 1
-        if not record["nodes"]:
-            continue
-        made.drawn += 1
-        if size <= room:
-            one = pack(record)
-            if len(one) <= room:
-                made.trees.append(one)
-                size += len(one)
-    return made
-
-
 def pack(record: Mapping[str, Any]) -> str:
     """A record of search.jsonl as small JSON: steps are numbers into a list of texts, scores have four digits.
 
@@ -100,14 +104,15 @@ def pack(record: Mapping[str, Any]) -> str:
     """
     texts: dict[str, int] = {}
     scored = any(one["score"] for one in (*record["nodes"], *record["finals"]))
-    score = lambda value: round(value, 4) if scored and value is not None else None
+    short = lambda value: round(value, 4) if value is not None and math.isfinite(value) else None
+    score = lambda value: short(value) if scored else None
     nodes: list[Sequence[Any]] = []
     for node in record["nodes"]:
         steps = [texts.setdefault(step, len(texts)) for step in node["steps"]]
         status = _STATUS.index(node["status"])
         row = [node["parent"], steps, score(node["score"]), status, node["tokens"]]
         if node["visits"]:
-            row += [node["visits"], round(node["value"], 4)]
+            row += [node["visits"], short(node["value"])]
         nodes.append(row)
     value = {
         "id": record["problem_id"],
@@ -119,4 +124,4 @@ def pack(record: Mapping[str, Any]) -> str:
         "nodes": nodes,
         "finals": [[f["node"], score(f["score"]), f["answer"], f["outcome"]] for f in record["finals"]],
     }
-    return page.embedded(finite(value))
+    return page.embedded(value)

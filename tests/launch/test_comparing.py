@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +178,9 @@ def test_at_equal_cost_nobody_pays_more_than_the_reference_and_its_slack(done):
     found = records_of(done)
     details = read_json(done / "details.json")["search"]
     assert details["reference"] == "best_of_n"
-    metric = comparing.MATCHED
     checked = 0
     for one in details["matched"]:
+        metric, cost = f"accuracy_at_equal_{one['cost']}", one["cost"]
         if one["rule"] == "majority":
             assert found[f"majority/best_of_n~{one['at']}", metric]["flops"] <= (
                 found[f"best/best_of_n@{one['at']}", "accuracy"]["flops"] * 1.001
@@ -186,20 +188,23 @@ def test_at_equal_cost_nobody_pays_more_than_the_reference_and_its_slack(done):
             assert one["budget"] >= one["at"]  # the reward model's share buys more samples
             continue
         arm = found[f"{one['rule']}/{one['arm']}~{one['at']}", metric]
-        allowed = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"]["flops"] * 1.05
+        allowed = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"][cost] * 1.05
         assert one["allowed"] == pytest.approx(allowed)
-        assert arm["flops"] <= allowed * (1 + 1e-9)
+        assert arm[cost] <= allowed * (1 + 1e-9)
         larger = [
-            r["flops"]
+            r[cost]
             for (name, m), r in found.items()
             if m == "accuracy" and name.startswith(f"{one['rule']}/{one['arm']}@")
         ]
-        assert arm["flops"] == max(f for f in larger if f <= allowed * (1 + 1e-9))
+        assert arm[cost] == max(f for f in larger if f <= allowed * (1 + 1e-9))
         if one["arm"] != "best_of_n":
             checked += 1
             minus = found[f"{one['rule']}/{one['arm']}~{one['at']}", f"{metric}_minus_best_of_n"]
             base = found[f"{one['rule']}/best_of_n@{one['at']}", "accuracy"]["value"]
             assert minus["value"] == pytest.approx(arm["value"] - base)
+            assert minus["ci"][0] <= minus["value"] <= minus["ci"][1]
+    metric = comparing.MATCHED
+    assert {one["cost"] for one in details["matched"]} == {"flops", "tokens"}
     assert checked >= 4
     # Where even the least budget of an arm is dearer there is no number, and it is told.
     for rule in ("best", "weighted"):
@@ -216,12 +221,20 @@ def test_values_problem_by_problem_go_with_the_records(done):
     found = records_of(done)
     for one in read_json(done / "values.json"):
         assert sum(one["values"].values()) / 12 == pytest.approx(found[one["arm"], one["metric"]]["value"])
-    assert {one["metric"] for one in read_json(done / "values.json")} == {"accuracy", comparing.MATCHED}
+    metrics = {one["metric"] for one in read_json(done / "values.json")}
+    assert metrics == {"accuracy", "accuracy_at_equal_flops", "accuracy_at_equal_tokens"}
 
 
 def test_curves_and_page_are_written(done):
     page = (done / "report.html").read_text()
-    for words in ("Accuracy over cost", "At equal cost", "By difficulty", "Repeated sampling", "weighted/pav"):
+    for words in (
+        "Accuracy over cost",
+        "At equal FLOPs",
+        "At equal sampled tokens",
+        "By difficulty",
+        "Repeated sampling",
+        "weighted/pav",
+    ):
         assert words in page
     for cost in ("flops", "tokens", "serial"):
         assert (done / f"curves-{cost}.png").read_bytes().startswith(b"\x89PNG")
@@ -306,6 +319,28 @@ def test_an_arm_may_have_a_reward_model_of_its_own(done, prm, tiny_scorer, tmp_p
     assert [f["score"] for f in found] == pytest.approx([aggregate(one, "last") for one in scores], abs=1e-4)
 
 
+def test_an_arm_may_have_a_temperature_of_its_own(done, prm, tmp_path):
+    """Greedy decoding beside searches that sample: one solution, always the same, as the policy writes it at temperature 0."""
+    from stepladder.launch.options_search import ComparedArm
+
+    config = Compare(arms={"a": ComparedArm("beam"), "greedy": ComparedArm("best_of_n", temperature=0.0, budgets=[1])})
+    assert {name: search.temperature for (name, _), search in config.searches().items()} == {"a": 1.0, "greedy": 0.0}
+    greedy = {"strategy": "best_of_n", "temperature": 0, "budgets": [1]}
+    out = compare(tmp_path / "out", prm, arms={"best_of_n": {**ARMS["best_of_n"], "budgets": [4]}, "greedy": greedy})
+    main([
+        "data", "solutions", "--out", str(tmp_path / "plain"), "--task", json.dumps(TASK), "--policy", POLICY, "--split", "test",
+        "--samples", "1", "--temperature", "0", "--max_new_tokens", "64", "--device", "cpu",
+    ])  # fmt: skip
+    texts = lambda folder: {row.problem_id: row.steps for row in read_rows(folder, Solution)}
+    assert texts(out / "greedy@1") == texts(tmp_path / "plain")
+    # The pool and the reference are those of the first best_of_n, which samples.
+    assert read_json(out / "details.json")["search"]["reference"] == "best_of_n"
+    drawn = lambda folder: (folder / "best_of_n@4" / "search.jsonl").read_text()
+    assert drawn(out) == drawn(
+        compare(tmp_path / "sampled", prm, arms={"best_of_n": {**ARMS["best_of_n"], "budgets": [4]}})
+    )
+
+
 def test_a_width_above_the_budget_is_cut_to_it():
     from stepladder.launch.options_search import ComparedArm
 
@@ -327,6 +362,54 @@ def test_a_pool_gives_every_rule_its_credit():
     assert tie.credit("best") == 0.5  # first come is not better
     walked = comparing.Pool(["1", "2"], [True, False], [0.9, 0.5], 1, [1, 1])
     assert walked.credit("best") == 0.0  # a search that chose by something else than the score
+
+
+def test_more_searches_than_colours_have_a_chart_each_with_intervals():
+    line = lambda i: [(1.0, (10.0 + i, 5.0, 20.0)), (100.0, (50.0 + i, 40.0, 60.0 + i))]
+    lines = {f"arm{i}": line(i) for i in range(12)}
+    made = charts.apart_charts(lines, "arm0", ("FLOPs", "accuracy, %"))
+    assert list(made) == list(lines)
+    for i, (name, chart) in enumerate(made.items()):
+        assert f"{name}: {50 + i:.1f} [40.0, {60 + i:.1f}] for 100" in chart
+        assert chart.count('class="path thin') == 2  # an interval at each budget
+        assert chart.count('class="path rest"') == (11 if name == "arm0" else 10)
+        assert chart.count('class="path k1"') == 1  # the reference, whatever the heading is
+        assert chart.count('class="path k0"') == (name != "arm0")
+    # All charts share their axes: the same cost stands at the same place.
+    assert len({re.search(r'<polyline class="path k1" points="[^"]*"', chart)[0] for chart in made.values()}) == 1
+    assert charts.apart_charts({"one": [(5.0, (0.0, 0.0, 0.0))]}, "none", ("x", "y"))
+
+
+def test_the_page_changes_its_charts_with_the_number_of_searches():
+    from stepladder.launch import report_search
+
+    def details(arms: int) -> dict[str, Any]:
+        run = lambda arm: {
+            "arm": arm, "budget": 4, "accuracy": dict.fromkeys(comparing.RULES, 0.5), "tokens": 10.0, "serial": 5.0,
+            "flops": dict.fromkeys(comparing.RULES, 1e6), "ledger": Ledger().to_json(), "about": {},
+        }  # fmt: skip
+        return {"reference": "arm0", "runs": [run(f"arm{i}") for i in range(arms)]}
+
+    found = [{"arm": "weighted/arm3@4", "metric": "accuracy", "ci": [0.41, 0.59]}]
+    few, many = (report_search.curves_figures(found, details(n)) for n in (4, 5))
+    assert few.count("<svg role") == 6  # two rules, three costs
+    assert many.count("<svg role") == 6 * 5
+    assert many.count("<details>") == 4  # tokens, and tokens one after another
+    assert "arm3: 50.0 [41.0, 59.0] for 1M" in many
+    assert "arm2: 50.0 [50.0, 50.0] for 1M" in many
+
+
+def test_the_page_draws_trees_that_a_person_can_read(done):
+    """The largest budget up to LEGIBLE; of independent samples the pool, which is all there is."""
+    told = re.search(r"Trees shown: ([^<]*)", (done / "report.html").read_text())[1]
+    assert [one.split(":")[0] for one in told.split("; ")] == ["best_of_n@8", "beam@4", "pav@4", "mcts@6"]
+
+
+def test_a_tree_of_a_smaller_budget_is_drawn_where_the_largest_is_too_wide(done, prm, monkeypatch, tmp_path):
+    monkeypatch.setattr(comparing, "LEGIBLE", 3)
+    page = (compare(shutil.copytree(done, tmp_path / "out"), prm) / "report.html").read_text()
+    told = re.search(r"Trees shown: ([^<]*)", page)[1]
+    assert [one.split(":")[0] for one in told.split("; ")] == ["best_of_n@8", "beam@2", "pav@2", "mcts@3"]
 
 
 def test_curves_have_a_name_at_their_end():
