@@ -72,6 +72,10 @@ ROWS: dict[str, Row] = {
     "ppo_smollm2": Row(
         "ppo.py", f"--policy={{smollm2}} {WORD_PROBLEMS} --prompts=4 --rollouts=1 --max-new-tokens=48", repetitions=2
     ),
+    "first_error": Row("first_error.py", tiny="--problems=4 --steps=4 --tolerance=1"),
+    "first_error_noisy": Row("first_error.py", "--p=11 --tolerance=1 --target=0"),
+    "first_error_tree": Row("first_error.py", "--searches=8 --problems=50 --target=0"),
+    "first_error_lab": Row("first_error.py", "--policy=lab --steps=7 --tolerance=1 --target=0", repetitions=3),
     "two_processes_data": Row("two_processes.py", "--work=data", "--work=data --problems=8", repetitions=3),
     "two_processes_training": Row(
         "two_processes.py", "--work=training --problems=1024", "--work=training --problems=8", repetitions=3

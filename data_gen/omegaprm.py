@@ -27,6 +27,7 @@ class Options:
     length_scale: float = 500.0  # L, tokens
     c_puct: float = 0.125
     min_tokens: int = 0  # a span of fewer tokens is not split any further
+    doubt: int = 0  # a middle with so few right rollouts, or fewer, is probed once more
 
 
 @dataclass
@@ -37,6 +38,7 @@ class State:
     steps: tuple[str, ...]
     n_correct: int
     n_rollouts: int
+    good: bool  # whether the search takes it for right so far, and looks for the error behind it
     visits: int = 0
 
     @property
@@ -51,6 +53,8 @@ class Found:
     builder: TreeBuilder
     dropped: str = ""
     counts: Counter[str] = field(default_factory=Counter)
+    # Each rollout that was searched, with how many of its steps are good and how many end in an error: one more if it was located.
+    spans: list[tuple[Rollout, int, int]] = field(default_factory=list)
 
 
 def quality(mc: float, tokens: int, options: Options) -> float:
@@ -73,6 +77,9 @@ def search_question(cut: Cut, options: Options) -> Growth[Found]:
 
     Follows the paper but for two things: steps are those of the task instead of spans of equal length, and the root keeps all
     rollouts that the filter sampled instead of drawing k more.
+
+    Beyond the paper, with `doubt` d a middle of which only 1 .. d rollouts were right gets k rollouts more, and is good if one
+    of these is right, too: one lucky rollout behind an error would send the search past it. Its counts are those of all of them.
     """
     builder = TreeBuilder()
     found = Found(builder)
@@ -90,11 +97,12 @@ def search_question(cut: Cut, options: Options) -> Growth[Found]:
     pool: dict[tuple[int, ...], tuple[State, Rollout]] = {}
     searched: set[tuple[str, ...]] = set()
 
-    def open_state(node: int, steps: tuple[str, ...], rollouts: Sequence[Rollout]) -> State:
+    def open_state(node: int, steps: tuple[str, ...], rollouts: Sequence[Rollout], good: bool = True) -> State:
         builder.count(node, rollouts)
-        state = State(node, steps, sum(r.right for r in rollouts), len(rollouts))
+        right = sum(r.right for r in rollouts)
+        state = State(node, steps, right, len(rollouts), good and right > 0)
         states[steps] = state
-        if state.n_correct:
+        if state.good:
             for rollout in rollouts:
                 if not rollout.right:
                     pool.setdefault(rollout.ids, (state, rollout))
@@ -127,17 +135,25 @@ def search_question(cut: Cut, options: Options) -> Growth[Found]:
             middle = (good + bad) // 2
             probed = states.get(steps[:middle])
             if probed is None:
-                [rollouts] = yield [Ask(rollout.ids[: ends[middle - 1]], range(options.rollouts))]
+                prefix, k = rollout.ids[: ends[middle - 1]], options.rollouts
+                [rollouts] = yield [Ask(prefix, range(k))]
                 if not rollouts:
                     break  # no room to sample on from there: the span stays as it is
                 found.counts["prefixes probed"] += 1
+                more: list[Rollout] = []
+                if 0 < sum(r.right for r in rollouts) <= options.doubt:
+                    [more] = yield [Ask(prefix, range(k, 2 * k))]
+                    found.counts["prefixes probed once more"] += 1
                 node = builder.add(rollout, steps[:middle], ends)
-                probed = open_state(node, steps[:middle], rollouts)
-            good, bad = (middle, bad) if probed.n_correct else (good, middle)
+                sure = not more or any(r.right for r in more)
+                probed = open_state(node, steps[:middle], [*rollouts, *more], sure)
+            good, bad = (middle, bad) if probed.good else (good, middle)
+        found.spans.append((rollout, good, bad))
         node = builder.add(rollout, steps[:bad], ends)
         if bad == len(steps) and not builder.nodes[node].n_rollouts:
             builder.finish(node, rollout.outcome)
-        if bad - good == 1 and not builder.nodes[node].n_correct:
+        last = states.get(steps[:bad])
+        if bad - good == 1 and (last is None or not last.good):
             found.counts["first errors found"] += 1
     if not pool:
         found.counts["questions with every wrong rollout searched"] += 1

@@ -74,12 +74,13 @@ class OmegaPRMTrees(WithPolicy):
     length_scale: float = option(500.0, "tokens after which the length factor is beta")
     c_puct: float = option(0.125, "weight of exploration")
     min_tokens: int = option(0, "a span of fewer tokens is not split any further")
+    doubt: int = option(0, "a prefix with so few right rollouts, or fewer, is probed once more; 0: none")
     unit_problems: int = option(16, "problems in one unit of work, which is what a kill can cost")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "rollouts", "search_limit")
-        at_least(self, 0, "filter_rollouts", "min_tokens", "c_puct")
+        at_least(self, 0, "filter_rollouts", "min_tokens", "c_puct", "doubt")
         if not (0 < self.alpha <= 1 and 0 < self.beta <= 1 and self.length_scale > 0):
             raise ValueError("alpha and beta must lie in (0, 1] and length_scale must be greater than 0")
 

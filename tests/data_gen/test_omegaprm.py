@@ -195,3 +195,43 @@ def test_binary_search_needs_a_third_of_the_probes_of_brute_force(drive, numbers
         run(search_question(numbers_cut, PLAIN))
         calls.append(8 * (len(run.asks) - 1))
     assert 8 * 15 / (sum(calls) / len(calls)) >= 3
+
+
+def test_a_lucky_rollout_behind_an_error_is_doubted(drive, numbers_cut):
+    """The error is step 3 of 16, and rollout 0 of the first middle, 8 steps, ends right all the same."""
+    wrong = [*good(0, 3), *(BAD + i for i in range(3, 16))]
+
+    def write(prefix, number):
+        if not prefix and not number:
+            return wrong, False
+        if any(i >= BAD for i in prefix):
+            return [BAD + 50 + number], len(prefix) == 8 and number == 0
+        return good(len(prefix), 16), True
+
+    past = drive(write)(search_question(numbers_cut, Options(filter_rollouts=0, search_limit=1)))
+    assert [(begin, end) for _, begin, end in past.spans] == [(8, 9)]
+
+    run = drive(write)
+    found = run(search_question(numbers_cut, Options(filter_rollouts=0, search_limit=9, doubt=1)))
+    assert [(rollout.ids, begin, end) for rollout, begin, end in found.spans] == [(tuple(wrong), 3, 4)]
+    assert found.counts["first errors found"] == found.counts["prefixes probed once more"] == 1
+    assert [(len(ask.prefix), ask.numbers) for ask in run.asks if ask.numbers.start] == [(8, range(8, 16))]
+    doubted = path_of(found.builder, wrong[:8])
+    assert (doubted.n_correct, doubted.n_rollouts) == (1, 16)
+    # Its wrong rollouts are no candidates: nothing behind an error is searched.
+    assert found.counts["questions with every wrong rollout searched"] == 1
+
+
+def test_a_hard_prefix_that_is_solved_again_is_no_longer_doubted(drive, numbers_cut):
+    wrong = [*good(0, 12), *(BAD + i for i in range(12, 16))]
+
+    def write(prefix, number):
+        if not prefix and not number:
+            return wrong, False
+        right = not any(i >= BAD for i in prefix) and (len(prefix) != 8 or number in (5, 14))
+        return (good(len(prefix), 16) if right else [BAD]), right
+
+    run = drive(write)
+    found = run(search_question(numbers_cut, Options(filter_rollouts=0, search_limit=1, doubt=1)))
+    assert [(begin, end) for _, begin, end in found.spans] == [(12, 13)]
+    assert (path_of(found.builder, wrong[:8]).n_correct, path_of(found.builder, wrong[:8]).n_rollouts) == (2, 16)
