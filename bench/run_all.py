@@ -76,6 +76,9 @@ ROWS: dict[str, Row] = {
     "first_error_noisy": Row("first_error.py", "--p=11 --tolerance=1 --target=0"),
     "first_error_tree": Row("first_error.py", "--searches=8 --problems=50 --target=0"),
     "first_error_lab": Row("first_error.py", "--policy=lab --steps=7 --tolerance=1 --target=0", repetitions=3),
+    "growing_8": Row("growing_solution.py", tiny="--steps=3 --layers=1 --step-tokens=4", repetitions=3),
+    "growing_16": Row("growing_solution.py", "--steps=16 --target=7", "--steps=3 --layers=1", repetitions=3),
+    "growing_32": Row("growing_solution.py", "--steps=32 --target=10", "--steps=3 --layers=1", repetitions=2),
     "two_processes_data": Row("two_processes.py", "--work=data", "--work=data --problems=8", repetitions=3),
     "two_processes_training": Row(
         "two_processes.py", "--work=training --problems=1024", "--work=training --problems=8", repetitions=3

@@ -66,10 +66,12 @@ def stack_left_padded(entries: Sequence[Entry | None], like: torch.Tensor | None
     if some is None:
         return None
     longest = max(e.keys_values.shape[2] for e in entries if e is not None)
-    out = some.new_zeros(some.shape[0], len(entries), some.shape[1], longest, some.shape[3])
+    out = some.new_empty(some.shape[0], len(entries), some.shape[1], longest, some.shape[3])
     for row, entry in enumerate(entries):
+        padding = longest - (0 if entry is None else entry.keys_values.shape[2])
+        out[:, row, :, :padding] = 0.0  # masked, but a product with zero must be zero
         if entry is not None:
-            out[:, row, :, longest - entry.keys_values.shape[2] :] = entry.keys_values
+            out[:, row, :, padding:] = entry.keys_values
     return out
 
 
@@ -91,9 +93,12 @@ def cache_keyword(model: Any) -> str:
 
 def row_of(cache: Any, row: int, columns: torch.Tensor) -> torch.Tensor:
     """[2 x layers, heads, len(columns), head size]: one row's keys and values at the columns that hold real tokens."""
+    first, end = int(columns[0]), int(columns[-1]) + 1
+    # Without a gap they need no copy of their own before they are stacked.
+    where = slice(first, end) if end - first == len(columns) else columns
     parts = []
     for layer in cache.layers:
-        parts += [layer.keys[row][:, columns], layer.values[row][:, columns]]
+        parts += [layer.keys[row][:, where], layer.values[row][:, where]]
     return torch.stack(parts)
 
 

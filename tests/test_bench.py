@@ -18,6 +18,7 @@ TINY = {
     "labels": ["--problems=2", "--alone=1", "--rollouts=2", "--max-new-tokens=8"],
     "packing": ["--rows=8", "--batch=4"],
     "first_error": ["--problems=4", "--steps=4", "--tolerance=1"],
+    "growing_solution": ["--steps=3", "--layers=1", "--step-tokens=4"],
     "ppo": ["--prompts=4", "--samples=2", "--rollouts=1", "--batch=4", "--max-new-tokens=8"],
 }
 
