@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -84,10 +85,17 @@ class VLLMEngine:
     def update_weights(self, weights: Iterable[tuple[str, Any]]) -> None:
         """Overwrites the model's weights with (name, tensor) pairs in the names of the checkpoint, and forgets what was cached.
 
-        vLLM must run its model in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). Tried against a stand-in only.
+        vLLM must run its model in this process (VLLM_ENABLE_V1_MULTIPROCESSING=0). Tried with vLLM 0.32 on a CPU.
         """
-        worker = self.llm.llm_engine.model_executor.driver_worker
-        worker.model_runner.model.load_weights(weights)
+        runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+        reload = getattr(runner, "reload_weights", None)
+        if reload is not None and "weights_iterator" in inspect.signature(reload).parameters:
+            # After loading, vLLM gives weights the layout of its kernels and drops what could load them, on CPUs always. Its own
+            # way of reloading lays them out once more.
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            _lay_out_shared(runner.model)
+        else:
+            runner.model.load_weights(weights)
         self.llm.reset_prefix_cache()
 
     def _params(self, request: Request, seed: int, sampling: Sampling) -> Any:
@@ -108,6 +116,19 @@ class VLLMEngine:
             skip_special_tokens=False,
             logprobs=0,  # of the sampled token alone
         )
+
+
+def _lay_out_shared(model: Any) -> None:
+    """Lays out once more what a layer shares with one before it: vLLM (0.32) does so for the first alone, and on a CPU a tied head
+    would go on with the product that it packed of the old embeddings."""
+    seen = set()
+    for layer in model.modules():
+        weight, method = getattr(layer, "weight", None), getattr(layer, "quant_method", None)
+        if weight is None or method is None or not weight.numel():
+            continue
+        if weight.data_ptr() in seen:
+            method.process_weights_after_loading(layer)
+        seen.add(weight.data_ptr())
 
 
 def _to_sample(output: Any) -> Sample:

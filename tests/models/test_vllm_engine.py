@@ -137,12 +137,29 @@ def test_mistakes(fake_vllm: Any, lab_words: Any, monkeypatch: pytest.MonkeyPatc
         engine(lab_words)
 
 
-def test_new_weights_go_to_the_model_and_empty_the_cache(fake_vllm: Any, lab_words: Any) -> None:
+@pytest.mark.parametrize("reloads", [True, False])
+def test_new_weights_go_to_the_model_and_empty_the_cache(fake_vllm: Any, lab_words: Any, reloads: bool) -> None:
+    """By vLLM's own way of reloading, which lays weights out for its kernels again; by the model itself where vLLM has none yet."""
     engine = VLLMEngine("some", lab_words, parameters=1)
     told: list[Any] = []
-    model = SimpleNamespace(load_weights=lambda weights: told.append(dict(weights)))
-    worker = SimpleNamespace(model_runner=SimpleNamespace(model=model))
+    model = torch.nn.Module()
+    model.load_weights = lambda weights: told.append(["load_weights", dict(weights)])
+    model.read, model.other, model.write = (torch.nn.Linear(2, 3) for _ in range(3))
+    model.write.weight = model.read.weight  # tied
+    for name, layer in model.named_children():
+        layer.quant_method = SimpleNamespace(
+            process_weights_after_loading=lambda _, n=name: told.append(["laid out", n])
+        )
+    runner = SimpleNamespace(model=model, reload_weights=lambda: None)
+    if reloads:
+        runner.reload_weights = lambda weights_iterator=None, weights_path=None: None
+    worker = SimpleNamespace(model_runner=runner)
     engine.llm.llm_engine = SimpleNamespace(model_executor=SimpleNamespace(driver_worker=worker))
+    engine.llm.collective_rpc = lambda name, kwargs: told.append([name, dict(kwargs["weights_iterator"])])
     engine.llm.reset_prefix_cache = lambda: told.append("reset")
-    engine.update_weights(iter([("a", 1), ("b", 2)]))
-    assert told == [{"a": 1, "b": 2}, "reset"]
+    engine.update_weights([("a", 1), ("b", 2)])
+    expected = {
+        True: [["reload_weights", {"a": 1, "b": 2}], ["laid out", "write"]],
+        False: [["load_weights", {"a": 1, "b": 2}]],
+    }
+    assert told == [*expected[reloads], "reset"]
