@@ -113,11 +113,20 @@ def _checked(task: Task, draft: Draft) -> Draft:
 
 
 def planted_drafts(
-    task: StepPlanter, problem: Problem, *, origin: str, count: int, seed: int, kinds: Sequence[str] = tuple(ERRORS)
+    task: StepPlanter,
+    problem: Problem,
+    *,
+    origin: str,
+    count: int,
+    seed: int,
+    kinds: Sequence[str] = tuple(ERRORS),
+    more: float = 0.0,
 ) -> list[Draft]:
     """`count` drafts of a problem with an error planted by the task, at steps drawn without return as long as there are any.
 
-    RG2: a slip. RG3: one of `kinds`, drawn. An error whose answer comes out right all the same is kept: the draft is flawed.
+    RG2: a slip. RG3: one of `kinds`, drawn. Steps behind the error slip too with probability `more`: a critic that sees one wrong
+    step in eight learns to call all of them right first. An error whose answer comes out right all the same is kept: the draft is
+    flawed.
     """
     drafts: list[Draft] = []
     length = len(task.planted(problem, 0, "slip", seed))
@@ -128,7 +137,7 @@ def planted_drafts(
         if origin == "RG3":
             kind = kinds[fold_seed(seed, problem.id, origin, "kind", number) % len(kinds)]
         index = length - 1 if kind == "answer" else order[place]
-        steps = task.planted(problem, index, kind, fold_seed(seed, problem.id, origin, number))
+        steps = task.planted(problem, index, kind, fold_seed(seed, problem.id, origin, number), more)
         right = task.verify(problem, task.step_separator.join(steps)).right
         drafts.append(Draft(problem, tuple(steps), right, origin, number, "planted", index, True, kind))
     return drafts

@@ -74,7 +74,9 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
                 continue
             if isinstance(task, StepPlanter):
                 for problem in unit:
-                    drafts += critiques_.planted_drafts(task, problem, origin=origin, count=count, seed=config.seed)
+                    drafts += critiques_.planted_drafts(
+                        task, problem, origin=origin, count=count, seed=config.seed, more=config.more_errors
+                    )
             else:
                 engine, step_format = policy()
                 before = before or engine.ledger.copy()

@@ -66,6 +66,10 @@ class Critiques(Worded, WithPolicy):
     right: int = option(1, "right samples of each problem at most")
     rg2: int = option(0, "drafts of each problem with an error planted at a told step")
     rg3: int = option(0, "drafts of each problem with a told kind of error planted at a told step")
+    more_errors: float = option(
+        0.0,
+        "probability with which each step behind a planted error slips too: as many wrong steps as right ones teach most",
+    )
     writer: str = option(
         "", "who writes critiques: checker or policy; empty: the checker where the task can check and plant"
     )
@@ -90,8 +94,9 @@ class Critiques(Worded, WithPolicy):
         self.words()
         if self.writer not in ("", "checker", "policy"):
             raise ValueError(f"writer must be checker, policy or empty, found {self.writer!r}")
-        if not 0 <= self.corrupt <= 1:
-            raise ValueError(f"corrupt must lie in [0, 1], found {self.corrupt}")
+        for name in ("corrupt", "more_errors"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
 
 
 @dataclass

@@ -89,8 +89,11 @@ class StepPlanter(Task, StepChecker, Protocol):
         """The right next step after `steps`, from what they hold; None where there is none."""
         ...
 
-    def planted(self, problem: Problem, index: int, error: str, seed: int) -> list[str]:
-        """The right solution with an error at step `index`, which is its first; what follows goes on from it."""
+    def planted(self, problem: Problem, index: int, error: str, seed: int, more: float = 0.0) -> list[str]:
+        """The right solution with an error at step `index`, which is its first; what follows goes on from it.
+
+        Each step behind it slips too, with probability `more`.
+        """
         ...
 
 

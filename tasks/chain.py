@@ -206,8 +206,9 @@ class ChainArith:
         operation, operand = operations[len(steps)]
         return f"{value} {operation} {operand} = {apply(value, operation, operand, self.p)}"
 
-    def planted(self, problem: Problem, index: int, error: str, seed: int) -> list[str]:
-        """The right solution with one of `ERRORS` planted at a step; what follows goes on from it without further errors.
+    def planted(self, problem: Problem, index: int, error: str, seed: int, more: float = 0.0) -> list[str]:
+        """The right solution with one of `ERRORS` planted at a step; what follows goes on from it, and slips with
+        probability `more` at each line.
 
         The first error is that step. Where the error cannot be told from a right line (an operation that is skipped before an
         equal one), and of "answer" before the last line, it is a slip.
@@ -216,13 +217,14 @@ class ChainArith:
         if not 0 <= index <= len(operations):
             raise ValueError(f"index must lie between 0 and {len(operations)}, found {index}")
         for kind in (error, "slip"):
-            lines = self._planted(value, list(operations), index, kind, random.Random(fold_seed(seed, "plant", kind)))
+            rng = random.Random(fold_seed(seed, "plant", kind))
+            lines = self._planted(value, list(operations), index, kind, rng, more)
             if first_error(self.check_steps(problem, lines)) == index:
                 return lines
         raise ValueError(f"no error can be planted at step {index} of {problem.prompt!r}")
 
     def _planted(
-        self, value: int, operations: list[tuple[str, int]], index: int, error: str, rng: random.Random
+        self, value: int, operations: list[tuple[str, int]], index: int, error: str, rng: random.Random, more: float
     ) -> list[str]:
         other = lambda number: (number + rng.randrange(1, self.p)) % self.p
         if error == "skip" and index < len(operations):
@@ -239,7 +241,7 @@ class ChainArith:
             elif here == "copy":
                 value = other(value)
             after = apply(value, operation, operand, self.p)
-            if here in ("slip", "answer"):
+            if here in ("slip", "answer") or (more and position > index and rng.random() < more):
                 after = other(after)
             lines.append(f"{value} {operation} {operand} = {after}")
             value = after

@@ -87,8 +87,9 @@ class WorkedTask(TextTask):
         except (ValueError, ZeroDivisionError):
             return None
 
-    def planted(self, problem: Problem, index: int, error: str, seed: int) -> list[str]:
-        """The right solution with one of `chain.ERRORS` planted at a line; what follows goes on from it without further errors.
+    def planted(self, problem: Problem, index: int, error: str, seed: int, more: float = 0.0) -> list[str]:
+        """The right solution with one of `chain.ERRORS` planted at a line; what follows goes on from it, and slips with
+        probability `more` at each line.
 
         The first error is that line. An error that cannot stand there (an operation left out of a solution of one) is a slip.
         """
@@ -99,14 +100,14 @@ class WorkedTask(TextTask):
             for kind in (error, "slip"):
                 rng = random.Random(fold_seed(seed, "plant", kind, attempt))
                 try:
-                    lines = self._planted(problem, index, kind, rng)
+                    lines = self._planted(problem, index, kind, rng, more)
                 except (ValueError, ZeroDivisionError):  # a result without a short decimal form
                     continue
                 if first_error(self.check_steps(problem, lines)) == index:
                     return lines
         raise ValueError(f"no error can be planted at line {index} of {problem.id}")
 
-    def _planted(self, problem: Problem, index: int, error: str, rng: random.Random) -> list[str]:
+    def _planted(self, problem: Problem, index: int, error: str, rng: random.Random, more: float) -> list[str]:
         operations = self._operations(problem)
         last = index == len(operations)
         # Wrong numbers are mostly other numbers of the problem, as a careless reader would have it.
@@ -135,7 +136,7 @@ class WorkedTask(TextTask):
             result = _value(left, sign, right)
             if result is None:
                 raise ZeroDivisionError
-            if here in ("slip", "answer"):
+            if here in ("slip", "answer") or (more and place > index and rng.random() < more):
                 result = other(result)
             lines.append(f"{shown(left)} {sign} {shown(right)} = {shown(result)}")
             written.append(result)

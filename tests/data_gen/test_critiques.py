@@ -81,6 +81,19 @@ def test_planted_drafts_spread_over_all_steps_before_any_comes_twice(problems):
     assert kinds == set(ERRORS)
 
 
+def test_steps_behind_a_planted_error_slip_as_often_as_asked(problems):
+    wrong, behind = 0, 0
+    for problem in problems.values():
+        for draft in planted_drafts(TASK, problem, origin="RG2", count=6, seed=0, more=0.5):
+            checks = TASK.check_steps(problem, draft.steps)
+            assert first_error(checks) == draft.first_error
+            # The answer line repeats the value before it, right or wrong.
+            lines = [check.local_ok for check in checks[draft.first_error + 1 : -1]]
+            wrong, behind = wrong + lines.count(False), behind + len(lines)
+    assert abs(wrong / behind - 0.5) < 4 * (0.25 / behind) ** 0.5
+    assert behind > 200
+
+
 def test_natural_drafts_are_distinct_and_known_by_the_checker(problems, erring_engine):
     engine = erring_engine(TASK, 0.3)
     step_format = StepFormat.for_policy(engine.tokenizer, "\n")

@@ -113,6 +113,9 @@ def test_planted_errors_are_first_errors_at_every_line(task: WorkedTask) -> None
                     assert first_error(checks) == index
                     assert all(check.local_ok for check in checks[index + 1 :]) or kind == "skip"
                     assert not task.verify(one, lines[-1]).right or not checks[index].local_ok
+    slipped = [task.check_steps(problem(), task.planted(problem(), 0, "slip", seed, 0.5)) for seed in range(60)]
+    assert all(first_error(checks) == 0 for checks in slipped)
+    assert 20 < sum(not check.local_ok for checks in slipped for check in checks[1:3]) < 100
     assert len({tuple(task.planted(problem(), 1, "operand", seed)) for seed in range(20)}) > 1
     with pytest.raises(ValueError, match="index must lie between 0 and 3"):
         task.planted(problem(), 4, "slip", 0)
