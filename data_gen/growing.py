@@ -7,7 +7,7 @@ engine, the task or the other trees, so that what it grows depends on its own pr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,7 @@ from ..models.step_format import StepFormat
 from ..models.steps import cut_steps
 from ..search.adapters import StepPolicy
 from ..search.base import State
+from ..search.loop import drive
 from ..tasks.base import Problem, StepChecker, Task, first_error
 from .rows import Node, Source, StepLabels, Tree
 from .store import UnitResult
@@ -165,24 +166,13 @@ class Roller:
 
 def grow(roller: Roller, problems: Sequence[Problem], growths: Sequence[Growth[R]]) -> list[R]:
     """What each growth returns. In each round the asks of all that are not done are answered by one engine call."""
-    results: list[Any] = [None] * len(growths)
-    waiting: dict[int, list[Ask]] = {}
 
-    def advance(index: int, answer: list[list[Rollout]] | None) -> None:
-        try:
-            waiting[index] = growths[index].send(answer)  # type: ignore[arg-type]  # None starts a generator
-        except StopIteration as end:
-            waiting.pop(index, None)
-            results[index] = end.value
-
-    for index in range(len(growths)):
-        advance(index, None)
-    while waiting:
+    def answer(waiting: Mapping[int, list[Ask]]) -> Iterator[tuple[int, list[list[Rollout]]]]:
         asked = list(waiting.items())
         answers = iter(roller.roll([(problems[index], ask) for index, asks in asked for ask in asks]))
-        for index, asks in asked:
-            advance(index, [next(answers) for _ in asks])
-    return results
+        return ((index, [next(answers) for _ in asks]) for index, asks in asked)
+
+    return drive(growths, answer)
 
 
 class Grown(Protocol):

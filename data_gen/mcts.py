@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ..models.engine import Engine, Sampling
 from ..models.reward import RewardModel
 from ..models.step_format import StepFormat
+from ..search.puct import back_up, close, puct, select
 from ..tasks.base import Outcome, Problem, Task
 from .growing import Ask, Cut, Growth, Roller, grown_rows
 from .rows import Node, Source, Tree
@@ -28,11 +29,12 @@ class Options:
     terminal_backups: bool = True  # finished children are backed up when they are found, and not selected
 
 
-@dataclass
+@dataclass(eq=False)
 class _Growing:
     """A node in the making: `ids` behind the prompt, visits N, the sum of what was backed up, and the prior of its step."""
 
-    parent: int
+    number: int  # in `Found.nodes`
+    parent: _Growing | None
     ids: tuple[int, ...]
     steps: tuple[str, ...]
     prior: float = 1.0
@@ -40,7 +42,7 @@ class _Growing:
     visits: int = 0
     total: float = 0.0
     outcome: str | None = None
-    children: list[int] = field(default_factory=list)
+    children: list[_Growing] = field(default_factory=list)
     closed: bool = False  # nothing below it is left to expand
 
     @property
@@ -60,7 +62,7 @@ class Found:
         """The finished row: visits, and Q as the value of what was visited."""
         nodes = tuple(
             Node(
-                n.parent,
+                -1 if n.parent is None else n.parent.number,
                 n.steps[-1] if n.steps else "",
                 0,
                 0,
@@ -72,11 +74,6 @@ class Found:
             for n in self.nodes
         )
         return Tree(problem.id, problem.prompt, problem.answer, nodes, source)
-
-
-def puct(q: float, prior: float, parent_visits: int, visits: int, c_puct: float) -> float:
-    """Q + c_puct prior sqrt(N_parent) / (1 + N): what selection maximises."""
-    return q + c_puct * prior * math.sqrt(parent_visits) / (1 + visits)
 
 
 def search_tree(cut: Cut, options: Options, number: int = 0) -> Growth[Found]:
@@ -93,45 +90,31 @@ def search_tree(cut: Cut, options: Options, number: int = 0) -> Growth[Found]:
     is closed itself, and a tree whose root is closed is done. Without, as in textbooks, finished children are selected like
     others, each time a simulation of its own; then Q goes to the exact value of best play as simulations grow.
     """
-    nodes = [_Growing(-1, (), ())]
+    root = _Growing(0, None, (), ())
+    nodes = [root]
     found = Found(nodes)
 
-    def backup(index: int, value: float) -> None:
-        while index >= 0:
-            nodes[index].visits += 1
-            nodes[index].total += value
-            index = nodes[index].parent
-
-    def close(index: int) -> None:
-        while index >= 0 and all(nodes[child].closed for child in nodes[index].children):
-            nodes[index].closed = True
-            index = nodes[index].parent
+    def appeal(node: _Growing) -> float:
+        return puct(node.q, node.prior, node.parent.visits if node.parent else 0, node.visits, options.c_puct)
 
     for _ in range(options.simulations):
-        if nodes[0].closed:
+        if root.closed:
             found.counts["trees with nothing left to expand"] += 1
             break
-        leaf = 0
-        while nodes[leaf].children:
-            parent = nodes[leaf]
-            leaf = max(
-                (child for child in parent.children if not nodes[child].closed),
-                key=lambda c: puct(nodes[c].q, nodes[c].prior, parent.visits, nodes[c].visits, options.c_puct),
-            )
+        leaf = select(root, appeal)
         found.counts["simulations"] += 1
-        node = nodes[leaf]
-        if node.outcome is not None:
-            backup(leaf, _reward(node.outcome))
+        if leaf.outcome is not None:
+            back_up(leaf, _reward(leaf.outcome))
             continue
         numbers = range(number * options.width, (number + 1) * options.width)
-        [rollouts] = yield [Ask(node.ids, numbers, one_step=True)]
-        if not rollouts and leaf == 0:
+        [rollouts] = yield [Ask(leaf.ids, numbers, one_step=True)]
+        if not rollouts and leaf is root:
             found.dropped = "prompts longer than the context"
             return found
         seen: set[tuple[str, ...]] = set()
         for rollout in rollouts:
             steps, _ = cut(rollout.ids)
-            if len(steps) <= len(node.steps) or steps in seen:
+            if len(steps) <= len(leaf.steps) or steps in seen:
                 found.counts["samples that add no step"] += 1
                 continue
             seen.add(steps)
@@ -140,24 +123,26 @@ def search_tree(cut: Cut, options: Options, number: int = 0) -> Growth[Found]:
             if outcome is None and len(steps) >= options.max_depth:
                 found.counts["paths cut at the greatest depth"] += 1
                 outcome = Outcome.UNPARSEABLE.value
-            node.children.append(len(nodes))
-            child = _Growing(leaf, rollout.ids, steps, math.exp(logprob / max(tokens, 1)), logprob, outcome=outcome)
+            prior = math.exp(logprob / max(tokens, 1))
+            child = _Growing(len(nodes), leaf, rollout.ids, steps, prior, logprob, outcome=outcome)
             child.closed = outcome is not None and options.terminal_backups
+            leaf.children.append(child)
             nodes.append(child)
             found.counts["right solutions"] += outcome == Outcome.RIGHT.value
-        if not node.children:
+        if not leaf.children:
             # No step can be added, for want of room: the solution ends here without an answer.
-            node.outcome, node.closed = Outcome.UNPARSEABLE.value, options.terminal_backups
-            backup(leaf, -1.0)
-            close(node.parent)
+            leaf.outcome, leaf.closed = Outcome.UNPARSEABLE.value, options.terminal_backups
+            back_up(leaf, -1.0)
+            if leaf.parent is not None:
+                close(leaf.parent)
             continue
         if options.terminal_backups:
-            for index in node.children:
-                if (outcome := nodes[index].outcome) is not None:
-                    backup(index, _reward(outcome))
+            for child in leaf.children:
+                if child.outcome is not None:
+                    back_up(child, _reward(child.outcome))
             close(leaf)
         value = rollouts[0].value
-        backup(leaf, 0.0 if value is None else value)
+        back_up(leaf, 0.0 if value is None else value)
     return found
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from ..basics import UserError, fingerprint, fold_seed
 from ..models.engine import Engine, Request, Sampling, StopReason
 from ..models.step_format import StepFormat
+from ..search.puct import puct
 from ..tasks.base import HasReference, Problem, Task
 from .growing import Ask, Cut, Roller, Rollout, grown_rows
 from .rows import Node, Source, Tree
@@ -157,11 +158,6 @@ def prior(logprob: float, tokens: int, exponent: float) -> float:
     return math.exp(logprob / max(tokens, 1) ** exponent)
 
 
-def puct(child: Step, parent_visits: int, c: float) -> float:
-    """Q + c p sqrt(N_parent) / (1 + N)."""
-    return child.q + c * child.prior * math.sqrt(parent_visits) / (1 + child.visits)
-
-
 def back_up(path: Sequence[Step], gamma: float) -> None:
     """Updates a descent from its end to its start: V = sum_c max(1, N_c) Q_c / sum_c max(1, N_c), N += 1, Q = r + gamma V."""
     for node in reversed(path):
@@ -218,7 +214,7 @@ def search_question(
                         child.reward = child.q = child.value - here.value
                 if not here.children:
                     break
-                path.append(max(here.children, key=lambda child: puct(child, here.visits, options.c_puct)))
+                path.append(max(here.children, key=lambda c: puct(c.q, c.prior, here.visits, c.visits, options.c_puct)))
             back_up(path, options.gamma)
             found.counts["descents"] += 1
         if not node.children:

@@ -237,8 +237,8 @@ def save_curves(
 
     figure, axes = pyplot.subplots(figsize=(10, 5.5), dpi=120)
     marks = "osD^vP*X<>pdh8"
-    colours = pyplot.get_cmap("tab20").colors  # the ten dark ones, then their light sisters
-    colours = [*colours[::2], *colours[1::2]]
+    tab20 = pyplot.get_cmap("tab20")
+    colours = [tab20(i) for i in (*range(0, 20, 2), *range(1, 20, 2))]  # the ten dark ones, then their light sisters
     ordered = sorted(enumerate(lines.items()), key=lambda one: -one[1][1][-1][1][0])
     for number, (arm, points) in ordered:
         costs = [x for x, _ in points]

@@ -31,6 +31,11 @@ class StepPolicy:
     def __init__(self, engine: Engine, step_format: StepFormat, separator: str, sampling: Sampling) -> None:
         self.engine, self.step_format, self.separator, self.sampling = engine, step_format, separator, sampling
 
+    @property
+    def prompt_room(self) -> int:
+        """Most tokens of a prompt behind which the context still has room for a whole solution."""
+        return int(getattr(self.engine, "context", 2**31)) - self.sampling.max_new_tokens
+
     def root(self, problem: Problem) -> State:
         """The state of a problem before its first step."""
         ids = self.step_format.encode_prompt(self.engine.tokenizer, problem.prompt)
@@ -144,7 +149,6 @@ class RevisionPolicy(StepPolicy):
 
     def again(self, root: State, earlier: Sequence[State]) -> State:
         """The state before the first step of another attempt at `root`, after the finished attempts `earlier`."""
-        room = int(getattr(self.engine, "context", 2**31)) - self.sampling.max_new_tokens
         for first in range(len(earlier) + 1):
             shown = [
                 self.attempt_template.replace("{number}", str(number)).replace(
@@ -159,7 +163,7 @@ class RevisionPolicy(StepPolicy):
             pieces = re.split(r"(\{prompt\}|\{attempts\})", self.template)
             text = "".join(parts.get(piece, piece) for piece in pieces)
             ids = self.step_format.encode_prompt(self.engine.tokenizer, text)
-            if len(ids) <= room:
+            if len(ids) <= self.prompt_room:
                 self.left_out += first
                 return State(root.key, root.prompt, ids, len(ids))
         self.left_out += len(earlier)
@@ -218,12 +222,11 @@ class CorrectionPolicy(StepPolicy):
         """The state before the first step of another attempt."""
         texts = [self._text(attempt) for attempt in attempts]
         said = [None if one is None else self.critique_text(one) for one in critiques]
-        room = int(getattr(self.engine, "context", 2**31)) - self.sampling.max_new_tokens
         most = min(self.shown, len(texts)) if self.shown else len(texts)
         for shown in range(most, 0, -1):
             turns = self.wording.ask_attempt(root.prompt, texts, said, shown)
             ids = self.step_format.encode_dialogue(self.engine.tokenizer, turns)
-            if len(ids) <= room:
+            if len(ids) <= self.prompt_room:
                 self.left_out += most - shown
                 return State(root.key, root.prompt, ids, len(ids))
         self.left_out += most
@@ -277,7 +280,7 @@ class RefinementPolicy(StepPolicy):
         asked = refiner.step_format.encode_dialogue(
             refiner.engine.tokenizer, self.wording.ask_attempt(root.prompt, [text], [None])
         )
-        if len(asked) > int(getattr(refiner.engine, "context", 2**31)) - refiner.sampling.max_new_tokens:
+        if len(asked) > refiner.prompt_room:
             self.left_out += 1
             return None
         kept = ends[error - 1] if error else 0

@@ -16,9 +16,9 @@ is one such generator:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from ..basics import fold_seed
 from .base import Policy, Scorer, SearchResult, State, TreeNode
@@ -51,6 +51,7 @@ class Node:
     visits: int = 0
     total: float = 0.0  # of what was backed up
     prior: float | None = None
+    closed: bool = False  # in a search that counts visits: nothing below is left to expand
     role: str = ""
     children: list[Node] = field(default_factory=list)
 
@@ -197,13 +198,34 @@ def search(
     roots: Sequence[State], policy: Policy, scorer: Scorer, grow: Callable[[Tree], Growth], *, seed: int
 ) -> list[SearchResult]:
     """What `grow` finds for each root. In each round all that wait for the same thing are answered by one call."""
-    results: list[Any] = [None] * len(roots)
     growths = [_whole(Tree(root, seed), grow, hasattr(scorer, "final")) for root in roots]
-    waiting: dict[int, Ask] = {}
 
-    def advance(index: int, answer: Any) -> None:
+    def answer(waiting: Mapping[int, Ask]) -> Iterator[tuple[int, list[Any]]]:
+        kind = next(k for k in _ORDER if any(ask.kind == k for ask in waiting.values()))
+        asked = sorted((index, ask) for index, ask in waiting.items() if ask.kind == kind)
+        answers = iter(_answer(kind, [ask for _, ask in asked], policy, scorer))
+        return ((index, [next(answers) for _ in ask.states]) for index, ask in asked)
+
+    return drive(growths, answer)
+
+
+A = TypeVar("A")
+R = TypeVar("R")
+
+
+def drive(
+    growths: Sequence[Generator[A, Any, R]], answer: Callable[[Mapping[int, A]], Iterable[tuple[int, Any]]]
+) -> list[R]:
+    """What each of the generators returns; in between they wait, each for the answer to what it asked.
+
+    `answer` is shown all that wait (index -> what it asked) and answers some or all of them: pairs of index and answer.
+    """
+    results: list[Any] = [None] * len(growths)
+    waiting: dict[int, A] = {}
+
+    def advance(index: int, reply: Any) -> None:
         try:
-            waiting[index] = growths[index].send(answer)
+            waiting[index] = growths[index].send(reply)
         except StopIteration as end:
             waiting.pop(index, None)
             results[index] = end.value
@@ -211,12 +233,8 @@ def search(
     for index in range(len(growths)):
         advance(index, None)
     while waiting:
-        kind = next(k for k in _ORDER if any(ask.kind == k for ask in waiting.values()))
-        asked = [(index, ask) for index, ask in waiting.items() if ask.kind == kind]
-        asked.sort(key=lambda pair: pair[0])
-        answers = iter(_answer(kind, [ask for _, ask in asked], policy, scorer))
-        for index, ask in asked:
-            advance(index, [next(answers) for _ in ask.states])
+        for index, reply in answer(waiting):
+            advance(index, reply)
     return results
 
 

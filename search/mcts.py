@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from .base import Policy, Scorer, SearchResult, State
 from .loop import Ask, Growth, Node, Tree, check, distinct, search
+from .puct import back_up, close, puct, select, upwards
 
 Prior = Literal["logprob", "normalised", "uniform"]
 
@@ -59,69 +60,57 @@ def mcts(
         raise ValueError(f"unvisited must be zero or score, found {unvisited!r}")
 
     def grow(tree: Tree) -> Growth:
-        children_of: dict[Node, list[Node]] = {}  # without duplicates
-        closed: set[Node] = set()  # finished, or nothing but finished below
         below: Counter[Node] = Counter()  # simulations that ended at a node or below it
         top = tree.root
         while True:
-            while below[top] < simulations and top not in closed:
-                leaf = top
-                while leaf in children_of:
-                    going = [child for child in children_of[leaf] if child not in closed]
-                    leaf = max(going, key=lambda child: puct(child, c_puct, unvisited))  # the first of equals
-                yield from simulate(tree, leaf, children_of, closed)
-                below.update(_path(leaf))
-            if not commit or top in closed:
+            while below[top] < simulations and not top.closed:
+                leaf = select(top, lambda child: appeal(child, c_puct, unvisited))
+                yield from simulate(tree, leaf)
+                below.update(upwards(leaf))
+            if not commit or top.closed:
                 break
-            top = max(children_of[top], key=lambda child: child.visits)
-            if top in closed:
+            top = max(top.children, key=lambda child: child.visits)
+            if top.closed:
                 break  # nothing is left to find below
+        best = lambda nodes: max(nodes, key=lambda child: -math.inf if child.value is None else child.value)
         finals = [node for node in tree.nodes if node.state.done and node.visits]
         if not finals:
             leaf = tree.root
-            while leaf in children_of:
-                leaf = max(children_of[leaf], key=lambda child: -math.inf if child.value is None else child.value)
+            while leaf.children:
+                leaf = best(leaf.children)
             [finals] = yield from tree.grow([(leaf, [tree.fold("mcts rest")])], to_the_end=True)
             return finals, finals[0]
-        leading = {node for final in finals for node in _path(final)}
+        leading = {node for final in finals for node in upwards(final)}
         node = top if top in leading else tree.root
         while not node.state.done:
-            some = [child for child in children_of[node] if child in leading]
-            node = max(some, key=lambda child: -math.inf if child.value is None else child.value)
+            node = best([child for child in node.children if child in leading])
         return finals, node
 
-    def simulate(
-        tree: Tree, leaf: Node, children_of: dict[Node, list[Node]], closed: set[Node]
-    ) -> Generator[Ask, Any, None]:
+    def simulate(tree: Tree, leaf: Node) -> Generator[Ask, Any, None]:
         """The end of one simulation: children, values, and what is backed up."""
         seeds = tree.seeds(width, "mcts", leaf.depth, leaf.index)
         [grown] = yield from tree.grow([(leaf, seeds)], to_the_end=leaf.depth + 1 == max_depth)
-        children = children_of[leaf] = distinct(grown) if dedupe else grown
+        children = distinct(grown) if dedupe else grown
+        for child in grown:
+            child.closed = child.state.done or child not in children  # a repeated child is never gone down to
         for child, p in zip(children, priors(children, prior), strict=True):
             child.prior = p
         judged = [leaf] if leaf.score is None else []
         yield from tree.score(judged + [c for c in children if c.state.done or unvisited == "score"])
-        _back_up(leaf)
-        for child in children:
-            if child.state.done:
-                _back_up(child)
-                closed.add(child)
-        for node in _path(leaf):
-            if any(child not in closed for child in children_of[node]):
-                break
-            closed.add(node)
+        for node in (leaf, *(child for child in children if child.state.done)):
+            back_up(node, _value(node))
+        close(leaf)
 
     return search(roots, policy, scorer, grow, seed=seed)
 
 
-def puct(node: Node, c_puct: float, unvisited: str = "zero") -> float:
-    """Q + c_puct * P * sqrt(N_parent) / (1 + N)."""
-    if node.value is not None:
-        q = node.value
-    else:
+def appeal(node: Node, c_puct: float, unvisited: str = "zero") -> float:
+    """PUCT of a node; Q is 0, or the value of its score, before its first visit."""
+    q = node.value
+    if q is None:
         q = _value(node) if unvisited == "score" else 0.0
     parent = node.parent.visits if node.parent is not None else 0
-    return q + c_puct * (node.prior or 0.0) * math.sqrt(parent) / (1 + node.visits)
+    return puct(q, node.prior or 0.0, parent, node.visits, c_puct)
 
 
 def priors(children: Sequence[Node], kind: Prior) -> list[float]:
@@ -139,18 +128,3 @@ def priors(children: Sequence[Node], kind: Prior) -> list[float]:
 def _value(node: Node) -> float:
     """The score moved to [-1, 1]; -1 for a solution without an end of its own."""
     return -1.0 if node.state.cut else 2 * (node.score or 0.0) - 1
-
-
-def _back_up(node: Node) -> None:
-    value = _value(node)
-    for at in _path(node):
-        at.visits += 1
-        at.total += value
-
-
-def _path(node: Node) -> list[Node]:
-    """The node and what is above it, up to the root."""
-    path = [node]
-    while path[-1].parent is not None:
-        path.append(path[-1].parent)
-    return path

@@ -14,7 +14,7 @@ import pytest
 
 import stepladder
 from stepladder.data_gen.growing import Ask, Roller, Rollout
-from stepladder.data_gen.mcts import Options, mcts_trees, puct, search_tree
+from stepladder.data_gen.mcts import Options, mcts_trees, search_tree
 from stepladder.data_gen.rows import Source
 from stepladder.data_gen.tree_rows import UNFINISHED, chosen_paths, flipped, value_paths
 from stepladder.models.engine import Sampling
@@ -253,10 +253,6 @@ def test_where_no_step_can_be_added_the_solution_ends_without_an_answer(terminal
     with pytest.raises(StopIteration) as end:
         growth.send([[]])
     assert end.value.value.dropped == "prompts longer than the context"
-
-
-def test_puct_by_hand():
-    assert puct(0.5, 0.25, 16, 3, 1.25) == 0.5 + 1.25 * 0.25 * 4 / 4
 
 
 # --- paths -----------------------------------------------------------------------------------------------------------------

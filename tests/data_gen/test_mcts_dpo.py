@@ -19,7 +19,6 @@ from stepladder.data_gen.mcts_dpo import (
     mcts_dpo_trees,
     next_move,
     prior,
-    puct,
     search_question,
     tree_row,
 )
@@ -136,7 +135,6 @@ def step(**fields: Any) -> Step:
 
 def test_formulas():
     assert prior(-3.0, 4, 1.25) == pytest.approx(math.exp(-3 / 4**1.25))
-    assert puct(step(q=0.2, prior=0.4, visits=3), 16, 1.5) == pytest.approx(0.2 + 1.5 * 0.4 * 4 / 4)
     leaf, other = step(reward=0.5, visits=0), step(q=-1.0, visits=3)
     unvisited = step(q=2.0, visits=0)
     parent = step(reward=0.25, children=[leaf, other, unvisited])

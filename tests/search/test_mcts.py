@@ -8,7 +8,7 @@ import math
 import pytest
 
 from stepladder.basics import fold_seed
-from stepladder.search.mcts import mcts, priors, puct
+from stepladder.search.mcts import appeal, mcts, priors
 
 
 def slow_mcts(world, root, simulations, width, c, prior, unvisited, max_depth, seed):
@@ -184,6 +184,6 @@ def test_puct_and_priors_by_hand(toy):
     assert sum(priors([a, b], "normalised")) == pytest.approx(1)
     assert priors([a, b], "uniform") == [0.5, 0.5]
     tree.root.visits, a.visits, a.total, a.prior, b.prior, b.score = 9, 2, 1.0, 0.5, 0.25, 0.75
-    assert puct(a, 1.5) == pytest.approx(0.5 + 1.5 * 0.5 * 3 / 3)
-    assert puct(b, 1.5) == pytest.approx(1.5 * 0.25 * 3)
-    assert puct(b, 1.5, "score") == pytest.approx(0.5 + 1.5 * 0.25 * 3)
+    assert appeal(a, 1.5) == pytest.approx(0.5 + 1.5 * 0.5 * 3 / 3)
+    assert appeal(b, 1.5) == pytest.approx(1.5 * 0.25 * 3)
+    assert appeal(b, 1.5, "score") == pytest.approx(0.5 + 1.5 * 0.25 * 3)
