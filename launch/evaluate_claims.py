@@ -20,6 +20,7 @@ from ..tasks.load import load_task
 from . import options_claims
 from .claims import VALUES
 from .evaluate import DETAILS, RESULTS, bootstrap_groups, record
+from .evaluate_steps import up_to_first_error
 from .making import tell_cut_steps
 from .options import required
 
@@ -117,7 +118,7 @@ def _step_measures(
 ) -> None:
     """Steps up to the first error, which is where a label of a step is beyond doubt."""
     judged = [
-        [(s, t, error is None or t < error) for t, s in enumerate(one[: None if error is None else error + 1])]
+        [(s, t, good) for t, (s, good) in enumerate(up_to_first_error(one, error))]
         for one, error in zip(scores, firsts, strict=True)
     ]
     steps = lambda idx: [step for i in idx for step in judged[i]]
@@ -149,7 +150,7 @@ def _step_measures(
         return first_error_f1([predicted_first_error(scores[i]) for i in idx], truth)["f1"]  # type: ignore[arg-type]
 
     measures = {
-        "prefix_auroc": step_auroc,
+        "step_auroc": step_auroc,
         "length_auroc": length_auroc,
         "step_accuracy": accuracy,
         "first_error_f1": f1,

@@ -37,6 +37,11 @@ def step_right(check: StepCheck) -> bool:
     return check.local_ok and check.on_track
 
 
+def up_to_first_error(scores: Sequence[float], error: int | None) -> list[tuple[float, bool]]:
+    """(score, whether the step is right) of the steps up to the first error: behind it nobody says what a right step is."""
+    return [(s, error is None or t < error) for t, s in enumerate(scores[: None if error is None else error + 1])]
+
+
 def evaluate_prm(config: options_eval.EvaluatePRM, out: Path) -> None:
     """Step AUROC and first-error F1 against the exact checker, and label error rates beside their closed form."""
     required(config, "prm", "solutions")
@@ -64,11 +69,10 @@ def evaluate_prm(config: options_eval.EvaluatePRM, out: Path) -> None:
         for i, row in enumerate(rows):
             groups.setdefault(row.problem_id, []).append(i)
         seed = config.seed
+        judged = [up_to_first_error(s, e) for s, e in zip(scores, labels, strict=True)]
         step_auroc = bootstrap_groups(
             list(groups.values()),
-            lambda idx, s=scores: auroc(
-                [v for i in idx for v in s[i]], [step_right(c) for i in idx for c in checks[i]]
-            ),
+            lambda idx, j=judged: auroc([v for i in idx for v, _ in j[i]], [good for i in idx for _, good in j[i]]),
             seed,
         )
         predicted = [predicted_first_error(s) for s in scores]
@@ -90,8 +94,8 @@ def evaluate_prm(config: options_eval.EvaluatePRM, out: Path) -> None:
                     arm, "within_question_auroc", paired_bootstrap(inside, seed=seed), len(inside), seed, model.ledger
                 )
             )
-        flat = [v for s in scores for v in s]
-        good = [float(step_right(c)) for check in checks for c in check]
+        flat = [v for one in judged for v, _ in one]
+        good = [float(right) for one in judged for _, right in one]
         records.append(record(arm, "step_ece", expected_calibration_error(flat, good), len(flat), seed, model.ledger))
         if arm == "prm":
             details["calibration"] = {"scores": flat[:20000], "right": [bool(g) for g in good[:20000]]}

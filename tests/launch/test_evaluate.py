@@ -280,27 +280,26 @@ def rows_with_steps(folder: Path, names: Sequence[str]) -> str:
 def test_step_scores_against_the_checker(tmp_path: Path, models: dict[str, Table]) -> None:
     models["prm"] = Table(
         "prm",
-        {"Answer: 4": [0.9, 0.8, 0.7, 0.95], "Answer: 5": [0.6, 0.3, 0.65, 0.1], "Answer: 4 ": [0.2, 0.55, 0.6, 0.75]},
+        {"Answer: 4": [0.9, 0.8, 0.7, 0.95], "Answer: 5": [0.6, 0.62, 0.3, 0.1], "Answer: 4 ": [0.2, 0.55, 0.6, 0.75]},
     )
     rows = rows_with_steps(tmp_path / "rows", ["right", "wrong", "mended"])
     config = EvaluatePRM(prm="prm", solutions=rows, task={"kind": "chain", "p": 11})
     evaluate_prm(config, tmp_path / "out")
     records = found(tmp_path / "out")
-    scores = [0.9, 0.8, 0.7, 0.95, 0.6, 0.3, 0.65, 0.1, 0.2, 0.55, 0.6, 0.75]
-    truth = [flag for name in ("right", "wrong", "mended") for flag in RIGHT[name]]
+    scores, truth = [0.9, 0.8, 0.7, 0.95, 0.6, 0.62, 0.2], [1, 1, 1, 1, 1, 0, 0]  # up to the first error of each
     pairs = [
         (s, t) for s, a in zip(scores, truth, strict=True) if a for t, b in zip(scores, truth, strict=True) if not b
     ]
     auroc = sum((s > t) + (s == t) / 2 for s, t in pairs) / len(pairs)
     assert records["prm", "step_auroc"]["value"] == pytest.approx(auroc)
     assert auroc < 1
-    # First score under 0.5: none, 1 and 0, which is right three times.
-    assert records["prm", "first_error_f1"]["value"] == 1.0
+    # First score under 0.5: none, 2 and 0; the second is one too late, so that one of two errors is found.
+    assert records["prm", "first_error_f1"]["value"] == pytest.approx(2 * 0.5 * 1 / (0.5 + 1))
     # Last scores .95 and .75 of right answers against .1: every pair in order.
     assert records["prm", "within_question_auroc"]["value"] == 1.0
-    # Ten bins: one score each but [.6, .7) with .6, .65, .6 (the .65 is wrong) and [.7, .8) with .7, .75.
-    gaps = [.1 - 0, .2 - 0, .3 - 0, .55 - 0, abs(1.85 - 2), 2 - 1.45, 1 - .8, (1 - .9) + (1 - .95)]  # fmt: skip
-    assert records["prm", "step_ece"]["value"] == pytest.approx(sum(gaps) / 12)
+    # Ten bins: one score each but [.6, .7) with .6 and .62, which is wrong, and [.9, 1] with .9 and .95.
+    gaps = [.2 - 0, .6 + .62 - 1, 1 - .7, 1 - .8, (1 - .9) + (1 - .95)]  # fmt: skip
+    assert records["prm", "step_ece"]["value"] == pytest.approx(sum(gaps) / 7)
     details = read_json(tmp_path / "out" / "details.json")["calibration"]
     assert details == {"scores": scores, "right": [bool(t) for t in truth]}
 

@@ -92,9 +92,9 @@ def test_reward_models_side_by_side(tmp_path: Path, tables: Any) -> None:
     assert found["e", "min_at_last"] == pytest.approx(1 / 3)
     assert found["f", "min_at_last"] == pytest.approx(2 / 3)
     # Up to the first error: good scores of GOOD (3) and LATE (1), bad ones 0.1 and 0.2.
-    assert (found["e", "prefix_auroc"], found["e", "step_accuracy"], found["e", "first_error_f1"]) == (1, 1, 1)
+    assert (found["e", "step_auroc"], found["e", "step_accuracy"], found["e", "first_error_f1"]) == (1, 1, 1)
     # Fooled: good 0.9 0.4 0.3 0.9, bad 0.8 and 0.6: 4 of 8 pairs; right at 0.5: two of six.
-    assert found["f", "prefix_auroc"] == pytest.approx(4 / 8)
+    assert found["f", "step_auroc"] == pytest.approx(4 / 8)
     assert found["f", "step_accuracy"] == pytest.approx(2 / 6)
     # Within a length: first steps 0.9 0.9 over 0.6 (2 of 2), second steps 0.4 under 0.8 (0 of 1), per problem pairs add up.
     assert found["f", "length_auroc"] == pytest.approx((8 * 1.0 + 4 * 0.0) / 12)

@@ -191,7 +191,13 @@ def test_an_overfitted_model_reads_back_its_targets(rows, settings, train, head,
 
 @pytest.mark.parametrize(
     ("labels", "after", "advised"),
-    [("hard", False, "min"), ("soft", False, "min"), ("td", False, "min"), ("soft", True, "last"), ("hard", True, "last")],
+    [
+        ("hard", False, "min"),
+        ("soft", False, "min"),
+        ("td", False, "min"),
+        ("soft", True, "last"),
+        ("hard", True, "last"),
+    ],
 )
 def test_a_model_that_saw_nothing_behind_an_error_is_read_at_its_worst_step(settings, train, labels, after, advised):
     out = train("prm", settings("prm", max_steps=1, labels=labels, after_first_zero=after)).out
