@@ -77,7 +77,7 @@ def ranking_example(
         counts["rows dropped: every comparison cut"] += 1
         return None
     counts["rows"] += 1
-    item = {
+    item: dict[str, Any] = {
         "input_ids": list(sides[0].ids[: both[-1][0] + 1]),
         "rejected_ids": list(sides[1].ids[: both[-1][1] + 1]),
         "chosen_ends": [a for a, _ in both],
