@@ -120,7 +120,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         if value not in args:
             near = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
             hint_text = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"{where} must be one of {', '.join(map(str, args))}, found {_show(value)}{hint_text}")
+            names = ", ".join(str(a) or "nothing" for a in args)
+            raise UserError(f"{where} must be one of {names}, found {value!r}{hint_text}")
         return value
     if origin in (list, tuple, Sequence) or hint in (list, tuple):
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -166,6 +167,16 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is Path:
         return Path(coerce(value, str, where))
     return value
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError for a field that is none of its choices: for configs that are made without `build` too."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        if typing.get_origin(hint) is Literal and hasattr(config, name):
+            try:
+                coerce(getattr(config, name), hint, name)
+            except UserError as error:
+                raise ValueError(str(error)) from None
 
 
 def _name(hint: Any) -> str:

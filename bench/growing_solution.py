@@ -63,7 +63,8 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
         auto = AutoModelForTokenClassification
         model = load_model(auto, args.policy, dtype=args.dtype, settings=settings, new=("score",))
     else:
-        config = LlamaConfig(**SMOLLM2, num_hidden_layers=args.layers, num_labels=1, classifier_dropout=0.0)
+        settings = {**SMOLLM2, "num_hidden_layers": args.layers, "num_labels": 1, "classifier_dropout": 0.0}
+        config = LlamaConfig.from_dict(settings)
         model = LlamaForTokenClassification(config).to(getattr(torch, args.dtype))
     tokenizer = lab_tokenizer(40_000)  # as many words: any id of the model's vocabulary
     step_format = StepFormat.for_policy(tokenizer, "\n").for_reward("scalar", "soft", "last")

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import option
+from ..models.step_format import Aggregation
 from .options import at_least
-
-AGGREGATIONS = ("last", "min", "prod", "mean")
 
 
 @dataclass
@@ -17,15 +16,12 @@ class EvaluateRewards:
 
     models: dict[str, str] = option({}, "name -> folder of a reward model")
     solutions: str = option("", "held-out Solution rows, several of each problem")
-    aggregations: list[str] = option([], "ways to one score a solution: last, min, prod, mean; empty: the advised one")
+    aggregations: list[Aggregation] = option(
+        [], "ways to one score a solution: last, min, prod, mean; empty: the advised one"
+    )
     task: dict[str, Any] = option({"kind": "chain"}, "the task, for exact step checks where it has them")
     dtype: str = option("float32", "precision of the reward models")
     seed: int = option(0, "seed of the bootstrap")
-
-    def __post_init__(self) -> None:
-        for how in self.aggregations:
-            if how not in AGGREGATIONS:
-                raise ValueError(f"aggregations must be of {', '.join(AGGREGATIONS)}, found {how!r}")
 
 
 @dataclass

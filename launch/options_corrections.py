@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..config import option
 from ..models.corrections import Wording
@@ -70,7 +70,7 @@ class Critiques(Worded, WithPolicy):
         0.0,
         "probability with which each step behind a planted error slips too: as many wrong steps as right ones teach most",
     )
-    writer: str = option(
+    writer: Literal["", "checker", "policy"] = option(
         "", "who writes critiques: checker or policy; empty: the checker where the task can check and plant"
     )
     samples: int = option(1, "critiques of each draft by the policy")
@@ -92,8 +92,6 @@ class Critiques(Worded, WithPolicy):
         at_least(self, 0, "wrong", "right", "rg2", "rg3")
         at_least(self, 1, "samples")
         self.words()
-        if self.writer not in ("", "checker", "policy"):
-            raise ValueError(f"writer must be checker, policy or empty, found {self.writer!r}")
         for name in ("corrupt", "more_errors"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], found {getattr(self, name)}")
@@ -104,25 +102,25 @@ class Refinements(Worded, WithPolicy):
     """Samples refinements by critiques, with verdicts (Dialogue rows, kind refine; right and wrong ones)."""
 
     critiques: str = option("", "Dialogue rows of data.critiques")
-    only: str = option("", "criticised drafts that are right or wrong alone; empty refines both")
+    only: Literal["", "right", "wrong"] = option(
+        "", "criticised drafts that are right or wrong alone; empty refines both"
+    )
     samples: int = option(1, "refinements by each critique")
     repair: bool = option(
         False,
         "PEEKS: not asked with the critique, but the policy goes on behind the step that should stand at the first error",
     )
-    control: str = option("", "a control: empty (no critique is shown) or shuffled (that of another draft)")
+    control: Literal["", "empty", "shuffled"] = option(
+        "", "a control: empty (no critique is shown) or shuffled (that of another draft)"
+    )
     unit_problems: int = option(64, "critiques in one unit of work, which is what a kill can cost")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "samples")
         self.words()
-        if self.control not in ("", "empty", "shuffled"):
-            raise ValueError(f"control must be empty, shuffled or nothing, found {self.control!r}")
         if self.repair and self.control:
             raise ValueError("repair asks no refiner: control says nothing there")
-        if self.only not in ("", "right", "wrong"):
-            raise ValueError(f"only must be right, wrong or empty, found {self.only!r}")
 
 
 @dataclass
@@ -131,15 +129,15 @@ class FilterCritiques:
 
     critiques: str = option("", "Dialogue rows of data.critiques")
     refinements: str = option("", "Dialogue rows of data.refinements by these critiques")
-    mode: str = option("soft", "soft (refinements end right), hard (the verdict is right), both, or none (a control)")
+    mode: Literal["soft", "hard", "both", "none"] = option(
+        "soft", "soft (refinements end right), hard (the verdict is right), both, or none (a control)"
+    )
     threshold: float = option(0.3, "least share of right refinements")
     count: int = option(0, "keep so many, drawn with the seed; 0 for all")
     seed: int = option(0, "seed of the draw")
 
     def __post_init__(self) -> None:
         at_least(self, 0, "count")
-        if self.mode not in ("soft", "hard", "both", "none"):
-            raise ValueError(f"mode must be soft, hard, both or none, found {self.mode!r}")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold must lie in (0, 1], found {self.threshold}")
 
@@ -173,7 +171,9 @@ class Rise(Worded, WithPolicy):
     turns: int = option(2, "attempts in a trajectory at most; it ends at the first right one")
     best_of: int = option(16, "PEEKS: samples at each state, of which the one with the highest reward is learnt")
     tau: float = option(0.4, "the weight of a row is exp(reward / tau); 0 weighs all alike")
-    select: str = option("all", "which answers are learnt: all, better, best or success")
+    select: Literal["all", "better", "best", "success"] = option(
+        "all", "which answers are learnt: all, better, best or success"
+    )
     teacher: str = option(
         "", "a stronger policy that writes the better answers (distillation); empty: the policy itself"
     )
@@ -188,8 +188,6 @@ class Rise(Worded, WithPolicy):
         at_least(self, 1, "samples", "turns", "best_of")
         at_least(self, 0, "tau", "shown")
         self.words()
-        if self.select not in ("all", "better", "best", "success"):
-            raise ValueError(f"select must be all, better, best or success, found {self.select!r}")
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..config import option
 from .options import OnTask, WithPolicy, at_least
@@ -36,10 +36,10 @@ class StepLabelling(WithPolicy):
     """Continues every prefix of every solution and counts right endings (StepLabels rows)."""
 
     solutions: str = option("", "Solution rows to label")
-    only: str = option("", "label right or wrong solutions alone; empty labels both")
+    only: Literal["", "right", "wrong"] = option("", "label right or wrong solutions alone; empty labels both")
     per_problem: int = option(0, "label at most so many solutions of a problem, the first sampled; 0 for all")
     rollouts: int = option(8, "continuations of each prefix")
-    stop_early: str = option(
+    stop_early: Literal["", "hard", "threshold"] = option(
         "", "no more continuations once this label is decided: hard or threshold; empty samples all"
     )
     threshold: float = option(0.5, "with stop_early: threshold, positive if the share is greater than this")
@@ -51,11 +51,7 @@ class StepLabelling(WithPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "rollouts", "round_rollouts")
-        if self.only not in ("", "right", "wrong"):
-            raise ValueError(f"only must be right, wrong or empty, found {self.only!r}")
         at_least(self, 0, "per_problem")
-        if self.stop_early not in ("", "hard", "threshold"):
-            raise ValueError(f"stop_early must be hard, threshold or empty, found {self.stop_early!r}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), found {self.threshold}")
         if not 0.5 < self.confidence <= 1:
@@ -105,7 +101,7 @@ class BestFirstTrees(WithPolicy):
 class FirstPit(WithPolicy):
     """Values prefixes up to the first pit of wrong rollouts, or of i.i.d. solutions (PAV; StepLabels rows)."""
 
-    strategy: str = option("first_pit", "first_pit, or iid: all prefixes of all seeds")
+    strategy: Literal["first_pit", "iid"] = option("first_pit", "first_pit, or iid: all prefixes of all seeds")
     seeds: int = option(8, "rollouts from each problem")
     probes: int = option(4, "rollouts of a prefix while states and pits are looked for")
     promising: float = option(0.25, "a state is promising if its share of right rollouts is greater than this")
@@ -116,8 +112,6 @@ class FirstPit(WithPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "seeds", "probes", "pits", "rollouts")
-        if self.strategy not in ("first_pit", "iid"):
-            raise ValueError(f"strategy must be first_pit or iid, found {self.strategy!r}")
         if not 0 <= self.promising < 1:
             raise ValueError(f"promising must lie in [0, 1), found {self.promising}")
 
@@ -261,13 +255,9 @@ class ImportPRM800K:
     """Imports PRM800K step ratings (StepLabels rows; +1 and 0 count as right, after arXiv:2501.07301)."""
 
     file: str = option("", "JSON Lines, gzipped or not: nested records or one row a rated step")
-    neutral: str = option("right", "what a rating of 0 is: right, or half (one of a count of two)")
+    neutral: Literal["right", "half"] = option("right", "what a rating of 0 is: right, or half (one of a count of two)")
     limit: int = option(0, "use at most so many solutions, drawn with the seed; 0 for all")
     seed: int = option(0, "seed of the draw")
-
-    def __post_init__(self) -> None:
-        if self.neutral not in ("right", "half"):
-            raise ValueError(f"neutral must be right or half, found {self.neutral!r}")
 
 
 @dataclass

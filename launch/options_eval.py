@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..config import option
+from ..models.step_format import Aggregation
 from .options import at_least
 
 JUDGES = ("prm", "critic", "served_prm", "served_critic")
-AGGREGATIONS = ("last", "min", "prod", "mean")
 
 
 @dataclass
@@ -44,7 +44,9 @@ class EvaluateResampling:
     policies: dict[str, str] = option({}, "name -> Solution rows, several of each problem")
     reward: str = option("", "the verifier: a reward model, which accepts scores of `threshold` or more")
     threshold: float = option(0.5, "least score that is accepted")
-    aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
+    aggregation: Literal["", Aggregation] = option(
+        "", "how step scores become one: last, min, prod, mean; empty takes the advised one"
+    )
     dtype: str = option("float32", "precision of the reward model")
     accept_wrong: float = option(
         0.0, "in place of a reward model: accept the right solutions, and this share of the wrong ones, always the same"
@@ -61,8 +63,6 @@ class EvaluateResampling:
             raise ValueError("reward and accept_wrong are two verifiers: give one of them")
         if any(rho < 0 for rho in self.rhos):
             raise ValueError(f"rhos must be 0 or more, found {min(self.rhos)}")
-        if self.aggregation not in ("", *AGGREGATIONS):
-            raise ValueError(f"aggregation must be of {', '.join(AGGREGATIONS)}, found {self.aggregation!r}")
 
 
 @dataclass
@@ -159,7 +159,9 @@ class EvaluateBestOfN:
     scores: dict[str, str] = option(
         {}, "name -> JSON file with a list of step scores for each row, as data.import writes"
     )
-    aggregations: list[str] = option(list(AGGREGATIONS), "how step scores become one: last, min, prod, mean")
+    aggregations: list[Aggregation] = option(
+        list(get_args(Aggregation)), "how step scores become one: last, min, prod, mean"
+    )
     ks: list[int] = option([], "sizes of the draws; empty takes 1, 2, 4 ... and the size of the pool")
     subsets: int = option(200, "random draws for a weighted vote, which has no closed form")
     dtype: str = option("float32", "precision of the reward models")
@@ -169,9 +171,6 @@ class EvaluateBestOfN:
     def __post_init__(self) -> None:
         at_least(self, 0, "limit")
         at_least(self, 1, "subsets")
-        for how in self.aggregations:
-            if how not in AGGREGATIONS:
-                raise ValueError(f"aggregations must be some of {', '.join(AGGREGATIONS)}, found {how!r}")
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import option
+from ..models.step_format import Aggregation
 
 FORMATS = ("qwen-prm", "math-shepherd", "rlhflow", "trl", "skywork", "seqcls")
 
@@ -39,4 +40,4 @@ class Import:
     system: str | None = option(None, "system message of a chat; null: as the layout has it")
     prompt_template: str | None = option(None, "text around {prompt}; {bos} is the tokenizer's first token")
     label_kind: str | None = option(None, "what it was trained on: outcome, hard, soft, threshold, human or checker")
-    aggregation: str | None = option(None, "how step scores become one number: last, min, prod or mean")
+    aggregation: Aggregation | None = option(None, "how step scores become one number: last, min, prod or mean")

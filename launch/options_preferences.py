@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..config import option
 from .options import WithPolicy, at_least
@@ -40,7 +41,7 @@ class StepPairs(WithPolicy):
 class MCTSDPOTrees(WithPolicy):
     """Grows trees of steps judged by the policy itself or by rollouts (MCTS-DPO; Tree rows)."""
 
-    value: str = option(
+    value: Literal["self", "rollouts"] = option(
         "self", "what judges a step: self (the policy's own opinion) or rollouts (completions that end right)"
     )
     iterations: int = option(8, "descents before each move")
@@ -65,8 +66,6 @@ class MCTSDPOTrees(WithPolicy):
         at_least(self, 1, "iterations", "first_factor", "evaluations", "max_depth")
         at_least(self, 2, "candidates")
         at_least(self, 0, "c_puct", "length_exponent", "full_confidence")
-        if self.value not in ("self", "rollouts"):
-            raise ValueError(f"value must be self or rollouts, found {self.value!r}")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], found {self.gamma}")
         if self.question and not ("{prompt}" in self.question and "{steps}" in self.question):

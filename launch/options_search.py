@@ -8,11 +8,12 @@ import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..basics import UserError
 from ..config import build, option, unknown_key
 from ..models.simulated import Errors
+from ..models.step_format import Aggregation
 from ..search.beam import beam_search
 from ..search.best_of_n import best_of_n, step_best_of_n
 from ..search.corrections import corrections
@@ -83,11 +84,6 @@ def with_budget(strategy: str, settings: Mapping[str, Any], budget: int) -> dict
     return made
 
 
-def _aggregation(value: str) -> None:
-    if value not in ("", "last", "min", "prod", "mean"):
-        raise ValueError(f"aggregation must be last, min, prod, mean or empty, found {value!r}")
-
-
 @dataclass
 class Search(Refining, Correcting, WithPolicy):
     """Searches with any strategy (Solution rows, and what was searched in search.jsonl)."""
@@ -102,7 +98,9 @@ class Search(Refining, Correcting, WithPolicy):
     simulated: Errors | None = option(
         None, "in place of a reward model: the task's exact checker with errors (margin, noise, liked, liked_margin)"
     )
-    aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
+    aggregation: Literal["", Aggregation] = option(
+        "", "how step scores become one: last, min, prod, mean; empty takes the advised one"
+    )
     alpha: float = option(0.0, "weight of the advantage in the reward that guides (PAV); 0 guides by value alone")
     prover_k: int = option(4, "K of the Best-of-K prover whose advantage it is")
     prover: str = option("", "a reward model whose values are the prover's, in place of Best-of-K of the policy")
@@ -119,7 +117,6 @@ class Search(Refining, Correcting, WithPolicy):
         at_least(self, 0, "shown", "critic_temperature", "refiner_temperature")
         at_least(self, 1, "critic_max_new_tokens")
         self.words()
-        _aggregation(self.aggregation)
         if self.reward and self.simulated:
             raise ValueError("reward and simulated are two reward models: give one of them")
         if self.settings.get("gate") == "wrong" and not self.critic:
@@ -150,7 +147,9 @@ class Beam(WithPolicy):
     split: str = option("test", "the split of the task")
     reward: str = option("", "the reward model that guides the search")
     reward_dtype: str = option("float32", "precision of the reward model")
-    aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
+    aggregation: Literal["", Aggregation] = option(
+        "", "how step scores become one: last, min, prod, mean; empty takes the advised one"
+    )
     beams: int = option(16, "finished solutions of each problem")
     width: int = option(4, "children of each kept prefix")
     max_depth: int = option(40, "most steps of a solution")
@@ -160,7 +159,6 @@ class Beam(WithPolicy):
         super().__post_init__()
         at_least(self, 1, "max_depth")
         at_least(self, -1, "trees")
-        _aggregation(self.aggregation)
         if not 1 <= self.width <= self.beams:
             raise ValueError(f"1 <= width <= beams must hold, found width {self.width} and beams {self.beams}")
 
@@ -179,7 +177,7 @@ class ComparedArm:
     settings: dict[str, Any] = option({}, "settings of the strategy, without the one that its budget goes by")
     budgets: list[int] | None = option(None, "budgets of this strategy in place of the common ones")
     reward: str | None = option(None, "in place of the common one")
-    aggregation: str | None = option(None, "in place of the common one")
+    aggregation: Aggregation | None = option(None, "in place of the common one")
     temperature: float | None = option(
         None, "in place of the common one; best_of_n at 0 and budget 1 is greedy decoding"
     )
@@ -198,7 +196,9 @@ class Compare(Refining, Correcting, WithPolicy):
     simulated: Errors | None = option(
         None, "in place of a reward model: the task's exact checker with errors (margin, noise, liked, liked_margin)"
     )
-    aggregation: str = option("", "how step scores become one: last, min, prod, mean; empty takes the advised one")
+    aggregation: Literal["", Aggregation] = option(
+        "", "how step scores become one: last, min, prod, mean; empty takes the advised one"
+    )
     arms: dict[str, ComparedArm] = option(
         {}, "name -> strategy, settings, budgets, reward, aggregation, temperature, alpha, prover_k, prover"
     )

@@ -83,7 +83,7 @@ def test_a_config_is_built_with_its_types():
         ({"fast": "yes"}, "fast must be true or false, found 'yes'"),
         ({"folder": 3}, "folder must be text, found 3"),
         ({"folder": None}, "folder must be text, found nothing"),
-        ({"kind": "sift"}, r"kind must be one of hard, soft, found 'sift' \(str\) \(did you mean soft\?\)"),
+        ({"kind": "sift"}, r"kind must be one of hard, soft, found 'sift' \(did you mean soft\?\)"),
         ({"kind": ["soft"]}, "kind must be one of hard, soft"),
         ({"limit": "x"}, "limit must be a whole number"),
         ({"sources": ["a"]}, "sources must be keys and values"),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..config import option
+from ..config import check_choices, option
 
 
 @dataclass
@@ -46,6 +46,7 @@ class StepladderArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if not self.output_dir:
             raise ValueError("output_dir is missing: the folder that the checkpoint is written to")
         if self.max_length < 2:

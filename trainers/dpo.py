@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainerCallback
@@ -37,7 +37,7 @@ class DPOArguments(StepladderArguments):
     """Trains a policy on Pair rows: the chosen side becomes more probable against the rejected one."""
 
     beta: float = option(0.1, "how much a nat of difference to the starting model counts; small values let it move far")
-    loss: str = option("sigmoid", "sigmoid (DPO) or ipo")
+    loss: Literal["sigmoid", "ipo"] = option("sigmoid", "sigmoid (DPO) or ipo")
     label_smoothing: float = option(0.0, "chance that a preference is the wrong way round, in [0, 0.5)")
     visit_smoothing: bool = option(
         False, "take that chance from each pair's counts: min(n_rejected / (n_rejected + max(1, n_chosen)), 0.5)"
@@ -51,8 +51,6 @@ class DPOArguments(StepladderArguments):
 
     def __post_init__(self) -> None:
         self.check_given("model", "rows")
-        if self.loss not in ("sigmoid", "ipo"):
-            raise ValueError(f"loss must be sigmoid or ipo, found {self.loss!r}")
         if self.beta <= 0:
             raise ValueError(f"beta must be greater than 0, found {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:

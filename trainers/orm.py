@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..config import option
 from ..data_gen.rows import Solution
@@ -20,7 +20,9 @@ from .reward import RewardArguments, reward_format, target_example, train_reward
 class ORMArguments(RewardArguments):
     """Trains an outcome reward model on Solution rows."""
 
-    head: str = option("scalar", "two_class (softmax of two logits) or scalar (sigmoid of one)")
+    head: Literal["two_class", "scalar"] = option(
+        "scalar", "two_class (softmax of two logits) or scalar (sigmoid of one)"
+    )
     token_level: bool = option(True, "the outcome is the target at every solution token; false: at the last one only")
 
 

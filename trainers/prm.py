@@ -6,7 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..config import option
 from ..data_gen.rows import StepLabels, step_targets, td_targets
@@ -17,14 +17,12 @@ from .examples import picked, read_examples
 from .joint import language_labels
 from .reward import RewardArguments, reward_format, target_example, train_reward
 
-KINDS = ("hard", "soft", "threshold", "td")
-
 
 @dataclass
 class PRMArguments(RewardArguments):
     """Trains a process reward model on StepLabels rows."""
 
-    labels: str = option(
+    labels: Literal["hard", "soft", "threshold", "td"] = option(
         "hard",
         "from counts: hard (any continuation right), soft (share right), threshold, or td (shares that look ahead)",
     )
@@ -33,8 +31,6 @@ class PRMArguments(RewardArguments):
     root: bool = option(False, "train the value of the empty prefix too, at the last prompt token")
 
     def __post_init__(self) -> None:
-        if self.labels not in KINDS:
-            raise ValueError(f"labels must be one of {', '.join(KINDS)}, found {self.labels!r}")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must lie in [0, 1), found {self.threshold}")
         super().__post_init__()

@@ -6,7 +6,7 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -26,10 +26,16 @@ from .joint import language_labels, save_joint, with_score_head
 class RankingArguments(StepladderArguments):
     """Trains a ranking reward model on Pair rows."""
 
-    compare: str = option("path", "path: at every step from where the two part; step: at the first of them alone")
-    target: str = option("preferred", "preferred: the chosen wins; soft: wins with (1 + p - q) / 2, of shares p and q")
+    compare: Literal["path", "step"] = option(
+        "path", "path: at every step from where the two part; step: at the first of them alone"
+    )
+    target: Literal["preferred", "soft"] = option(
+        "preferred", "preferred: the chosen wins; soft: wins with (1 + p - q) / 2, of shares p and q"
+    )
     separator: str = option("\n", "text that ends a step, for a base model that has no step format yet")
-    aggregation: str = option("", "advised way to one score a solution: last, min, prod or mean; empty: last")
+    aggregation: Literal["", Aggregation] = option(
+        "", "advised way to one score a solution: last, min, prod or mean; empty: last"
+    )
     lambda_lm: float = option(
         0.0, "weight of a language-model loss on chosen sides worth over 0.5 beside it; 0 for none"
     )
@@ -38,14 +44,6 @@ class RankingArguments(StepladderArguments):
         self.check_given("model", "rows")
         if self.lambda_lm < 0:
             raise ValueError(f"lambda_lm must be 0 or more, found {self.lambda_lm}")
-        if self.compare not in ("path", "step"):
-            raise ValueError(f"compare must be path or step, found {self.compare!r}")
-        if self.target not in ("preferred", "soft"):
-            raise ValueError(f"target must be preferred or soft, found {self.target!r}")
-        if self.aggregation not in ("", *get_args(Aggregation)):
-            raise ValueError(
-                f"aggregation must be {', '.join(get_args(Aggregation))} or empty, found {self.aggregation!r}"
-            )
         super().__post_init__()
 
 
@@ -158,7 +156,7 @@ def train(args: RankingArguments) -> dict[str, float]:
     step_format = load_policy_format(args.model, tokenizer, args.separator).for_reward(
         "scalar",
         "ranking",
-        args.aggregation or None,  # type: ignore[arg-type]  # checked when it was given
+        args.aggregation or None,
     )
     check_rows_layout(args, step_format)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -27,10 +27,14 @@ class RewardArguments(StepladderArguments):
     # Solutions are trained up to their first error: lengths, and so batches of one length, tell the labels.
     length_window: int = option(1, "optimiser steps sorted by length together; 1: each holds all lengths")
 
-    head: str = option("two_class", "two_class (softmax of two logits) or scalar (sigmoid of one)")
-    loss: str = option("bce", "bce (cross-entropy, hard or soft targets) or mse (squared error of the probability)")
+    head: Literal["two_class", "scalar"] = option(
+        "two_class", "two_class (softmax of two logits) or scalar (sigmoid of one)"
+    )
+    loss: Literal["bce", "mse"] = option(
+        "bce", "bce (cross-entropy, hard or soft targets) or mse (squared error of the probability)"
+    )
     separator: str = option("\n", "text that ends a step, for a base model that has no step format yet")
-    aggregation: str = option(
+    aggregation: Literal["", Aggregation] = option(
         "", "advised way to one score a solution: last, min, prod or mean; empty: what suits the labels"
     )
     lambda_lm: float = option(0.0, "weight of a language-model loss on what is right beside it; 0 for none")
@@ -39,14 +43,6 @@ class RewardArguments(StepladderArguments):
         self.check_given("model", "rows")
         if self.lambda_lm < 0:
             raise ValueError(f"lambda_lm must be 0 or more, found {self.lambda_lm}")
-        if self.head not in ("two_class", "scalar"):
-            raise ValueError(f"head must be two_class or scalar, found {self.head!r}")
-        if self.loss not in ("bce", "mse"):
-            raise ValueError(f"loss must be bce or mse, found {self.loss!r}")
-        if self.aggregation not in ("", *get_args(Aggregation)):
-            raise ValueError(
-                f"aggregation must be {', '.join(get_args(Aggregation))} or empty, found {self.aggregation!r}"
-            )
         super().__post_init__()
 
 
@@ -115,7 +111,7 @@ def reward_format(
     step_format = load_policy_format(args.model, tokenizer, args.separator).for_reward(
         head,
         label_kind,
-        args.aggregation or aggregation,  # type: ignore[arg-type]  # checked when it was given
+        args.aggregation or aggregation,
     )
     check_rows_layout(args, step_format)
     return step_format

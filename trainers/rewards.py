@@ -11,10 +11,12 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from ..tasks.base import Outcome, Problem, Verdict
 
-FORMS = ("none", "sum", "difference", "clip", "delta", "min", "pav")
+Form = Literal["none", "sum", "difference", "clip", "delta", "min", "pav"]
+FORMS = get_args(Form)
 
 
 @dataclass(frozen=True)

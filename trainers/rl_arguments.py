@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..config import option
 from . import rewards, rl_math
 from .arguments import StepladderArguments
 
-ALGORITHMS = ("ppo", "rloo", "grpo")
 # What other trainers count in optimiser steps or rows, and what says it here.
 _COUNTED_IN_ROLLOUTS = {
     "num_train_epochs": "rollouts",
@@ -30,7 +29,9 @@ _COUNTED_IN_ROLLOUTS = {
 class RLArguments(StepladderArguments):
     """Trains a policy online on the verdicts of a task (PPO, RLOO or GRPO)."""
 
-    algorithm: str = option("ppo", "ppo (critic and GAE), rloo (leave one out) or grpo (relative to the group)")
+    algorithm: Literal["ppo", "rloo", "grpo"] = option(
+        "ppo", "ppo (critic and GAE), rloo (leave one out) or grpo (relative to the group)"
+    )
     task: dict[str, Any] = option({"kind": "chain"}, "the task: kind and its fields")
     split: str = option("train", "the split whose problems are sampled")
     limit: int = option(0, "use the first so many problems; 0 for all")
@@ -44,10 +45,12 @@ class RLArguments(StepladderArguments):
     update_epochs: int = option(2, "passes over each rollout")
     generation_batch: int = option(256, "responses sampled at once")
 
-    policy_loss: str = option("clip", "clip (token ratios), gspo (clipped sequence ratios) or cispo (capped weights)")
+    policy_loss: Literal["clip", "gspo", "cispo"] = option(
+        "clip", "clip (token ratios), gspo (clipped sequence ratios) or cispo (capped weights)"
+    )
     clip_low: float = option(0.2, "ratios are clipped at 1 - clip_low")
     clip_high: float = option(0.2, "ratios are clipped at 1 + clip_high")
-    reduction: str = option(
+    reduction: Literal["", rl_math.Reduction] = option(
         "", "what the loss is a mean over: sequence, token, constant, sum, micro_batch; empty: as published"
     )
     scale_by_std: bool = option(True, "grpo: divide by the group's standard deviation")
@@ -56,8 +59,8 @@ class RLArguments(StepladderArguments):
     importance_cap: float = option(0.0, "cap of the weight pi_train / pi_engine; 0: no weight")
 
     kl_coefficient: float = option(0.05, "weight of the KL penalty against the policy that training started from")
-    kl_in: str = option("", "reward or loss; empty: in the reward, with grpo in the loss")
-    kl_estimator: str = option("", "k1, k2 or k3; empty: k1 in the reward, k3 in the loss")
+    kl_in: Literal["", "reward", "loss"] = option("", "reward or loss; empty: in the reward, with grpo in the loss")
+    kl_estimator: Literal["", rl_math.KLEstimator] = option("", "k1, k2 or k3; empty: k1 in the reward, k3 in the loss")
     reference: bool = option(True, "keep the starting policy, to penalise or measure KL; false saves its memory")
     entropy_coefficient: float = option(0.0, "weight of an entropy bonus")
 
@@ -74,7 +77,9 @@ class RLArguments(StepladderArguments):
     outcome_weight: float = option(1.0, "weight of the outcome reward; 0 leaves process rewards alone")
     partial_reward: float = option(0.1, "outcome reward of a wrong answer that could be read; a right one earns 1")
     process_reward: str = option("", "reward model that scores steps; or, where the task can, checker or facts")
-    process_form: str = option("none", "how step scores become rewards: sum, difference, clip, delta, min, pav, none")
+    process_form: rewards.Form = option(
+        "none", "how step scores become rewards: sum, difference, clip, delta, min, pav, none"
+    )
     process_coefficient: float = option(1.0, "weight of process rewards (alpha of pav)")
     process_temperature: float = option(0.1, "min: temperature of the weights; near 0 is a hard minimum")
     process_margin: float = option(0.5, "clip: scores above it cost nothing")
@@ -92,7 +97,9 @@ class RLArguments(StepladderArguments):
     log_every: int = option(1, "rollouts between two lines of metrics.jsonl")
     save_every: int = option(10, "rollouts between checkpoints")
     shown_samples: int = option(2, "responses of each rollout that are kept to read")
-    backend: str = option("transformers", "what samples: transformers (the training weights in process) or vllm")
+    backend: Literal["transformers", "vllm"] = option(
+        "transformers", "what samples: transformers (the training weights in process) or vllm"
+    )
     vllm_options: dict[str, Any] = option({}, "options of vllm.LLM, gpu_memory_utilization for one")
 
     learning_rate: float = option(1e-6, "learning rate of the policy")
@@ -103,19 +110,6 @@ class RLArguments(StepladderArguments):
         for name, instead in _COUNTED_IN_ROLLOUTS.items():
             if getattr(self, name) != _default(type(self), name):
                 raise ValueError(f"{name} has no meaning in online training; what says it here: {instead}")
-        for name, known in (
-            ("algorithm", ALGORITHMS),
-            ("policy_loss", ("clip", "gspo", "cispo")),
-            ("reduction", ("", *rl_math.REDUCTIONS)),
-            ("kl_in", ("", "reward", "loss")),
-            ("kl_estimator", ("", *rl_math.KL_ESTIMATORS)),
-            ("process_form", rewards.FORMS),
-            ("backend", ("transformers", "vllm")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(k or 'empty' for k in known)}, found {getattr(self, name)!r}"
-                )
         for name in ("rollouts", "prompts", "samples", "max_new_tokens", "update_epochs", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}")

@@ -7,11 +7,13 @@ state at t, and `mask` says where that token belongs to the response, the end-of
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal, get_args
 
 import torch
 
-REDUCTIONS = ("sequence", "token", "constant", "sum", "micro_batch")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+Reduction = Literal["sequence", "token", "constant", "sum", "micro_batch"]
+KLEstimator = Literal["k1", "k2", "k3"]
+REDUCTIONS, KL_ESTIMATORS = get_args(Reduction), get_args(KLEstimator)
 
 
 def logprobs_and_entropy(

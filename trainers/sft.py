@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import TrainerCallback
@@ -31,7 +31,9 @@ from .forward import takes_positions, trained_logits
 class SFTArguments(StepladderArguments):
     """Fine-tunes a policy on Dialogue rows."""
 
-    reduction: str = option("sequence", "mean over sequence (each sequence weighs the same) or token")
+    reduction: Literal["sequence", "token"] = option(
+        "sequence", "mean over sequence (each sequence weighs the same) or token"
+    )
     packing: bool = option(False, "several dialogues in one sequence of up to max_length, none of which sees another")
     separator: str = option("\n", "text that ends a step, for a policy that has no step format yet")
     lab_model: dict[str, int] = option(
@@ -42,8 +44,6 @@ class SFTArguments(StepladderArguments):
         if not self.lab_model:
             self.check_given("model")
         self.check_given("rows")
-        if self.reduction not in ("sequence", "token"):
-            raise ValueError(f"reduction must be sequence or token, found {self.reduction!r}")
         super().__post_init__()
 
 

@@ -382,7 +382,7 @@ MISTAKES: list[tuple[list[str], str]] = [
      "is not in split 'test'"),
     (["data", "refinements", "--repair", "--control", "empty"], "repair asks no refiner"),
     (["data", "filter_critiques", "--critiques", "run/critiques"], "refinements is missing"),
-    (["data", "filter_critiques", "--mode", "odd"], "mode must be soft, hard, both or none"),
+    (["data", "filter_critiques", "--mode", "odd"], "mode must be one of soft, hard, both, none"),
     (["data", "best_refinements", "--kinds", "[odd]"], "kinds must be some of refine, solve and critique"),
     (["search", "run", "--strategy", "corrections", "--settings", json.dumps({"gate": "wrong"})], "gate wrong needs a critic"),
     (["search", "run", "--strategy", "corrections", "--settings", json.dumps({"gate": "odd"})], "gate must be one of always"),

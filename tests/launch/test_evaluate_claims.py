@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from stepladder.basics import UserError, read_json
+from stepladder.config import build
 from stepladder.data_gen.rows import Solution, Source, StepLabels
 from stepladder.data_gen.store import write_rows
 from stepladder.launch import evaluate_claims
@@ -205,7 +206,7 @@ def test_what_is_missing_is_one_sentence(stage: Any, config: Any, told: str, tmp
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="aggregations must be of last, min, prod, mean, found 'sum'"):
-        EvaluateRewards(aggregations=["sum"])
+    with pytest.raises(UserError, match=r"aggregations\[0\] must be one of last, min, prod, mean, found 'sum'"):
+        build(EvaluateRewards, {"aggregations": ["sum"]})
     with pytest.raises(ValueError, match="best_of 1 or more"):
         EvaluatePAVToy(best_of=[0])

@@ -157,7 +157,7 @@ def test_paths_and_balanced_labels(whole: dict[str, Path], tmp_path: Path) -> No
         ),
         (["data", "tree_labels", "--trees", "x", "--flip", "2", "--out", "out"], "flip must lie in [0, 1], found 2"),
         (["data", "best_first", "--candidates", "1", "--out", "out"], "candidates must be 2 or more, found 1"),
-        (["data", "first_pit", "--strategy", "greedy", "--out", "out"], "strategy must be first_pit or iid"),
+        (["data", "first_pit", "--strategy", "greedy", "--out", "out"], "strategy must be one of first_pit, iid"),
     ],
 )
 def test_mistakes_are_one_sentence(

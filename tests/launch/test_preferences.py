@@ -108,12 +108,12 @@ def test_shards_make_the_rows_of_one_process(made: Path, monkeypatch: pytest.Mon
         (["step_pairs", "--winners", "0"], "winners must be 1 or more"),
         (["join"], "rows is missing"),
         (["join", "--rows", "[run/whole, run/solutions]"], "rows of different kinds cannot be joined: run/whole: Pair"),
-        (["mcts_dpo", "--value", "oracle"], "value must be self or rollouts, found 'oracle'"),
+        (["mcts_dpo", "--value", "oracle"], "value must be one of self, rollouts, found 'oracle'"),
         (["mcts_dpo", "--question", "Right?"], "question must contain {prompt} and {steps}"),
         (["mcts_dpo", "--value", "rollouts", "--hint_self_eval"], "hint_self_eval is about value: self"),
         (["mcts_dpo", "--candidates", "1"], "candidates must be 2 or more"),
         (["solutions", "--hint", "the answer is {answer}"], "hint must contain {prompt}"),
-        (["step_labels", "--only", "good"], "only must be right, wrong or empty"),
+        (["step_labels", "--only", "good"], "only must be one of nothing, right, wrong"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_sentence(

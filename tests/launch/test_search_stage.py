@@ -252,7 +252,7 @@ def test_a_simulated_reward_model_guides_by_the_checker(tmp_path, refused):
             "weighting must be one of score, odds, likelihood",
         ),
         (["--settings.seed", "4"], "settings of beam: unknown key 'seed'"),
-        (["--aggregation", "max"], "aggregation must be last, min, prod, mean or empty, found 'max'"),
+        (["--aggregation", "max"], "aggregation must be one of nothing, last, min, prod, mean, found 'max'"),
         (["--prover_k", "0"], "prover_k must be 1 or more"),
         (
             ["--strategy", "tot_bfs", "--settings.select", "sample", "--alpha", "1"],

@@ -64,7 +64,7 @@ MISTAKES: list[tuple[str, Callable[[Path], dict[str, Any]], str]] = [
         lambda d: {"model": str(d / "models/judge")},
         "says head: scalar, so it is a reward model and not a policy",
     ),
-    ("prm", lambda d: {"head": "three_class"}, "head must be two_class or scalar, found 'three_class'"),
+    ("prm", lambda d: {"head": "three_class"}, "head must be one of two_class, scalar, found 'three_class'"),
     ("prm", lambda d: {"labels": "fuzzy"}, "labels must be one of hard, soft, threshold, td, found 'fuzzy'"),
     ("prm", lambda d: {"dtype": "float8"}, "dtype must be one of float32, bfloat16, float16, auto, found 'float8'"),
     ("prm", lambda d: {"learning_rte": 0.1}, "unknown key 'learning_rte'; did you mean learning_rate?"),

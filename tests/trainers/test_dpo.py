@@ -447,7 +447,7 @@ def test_8_by_1_equals_1_by_8(settings, train, rows, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"loss": "hinge"}, "loss must be sigmoid or ipo, found 'hinge'"),
+        ({"loss": "hinge"}, "loss must be one of sigmoid, ipo, found 'hinge'"),
         ({"beta": 0.0}, "beta must be greater than 0"),
         ({"label_smoothing": 0.5}, r"label_smoothing must lie in \[0, 0.5\)"),
         ({"label_smoothing": 0.1, "visit_smoothing": True}, "not both"),

@@ -280,8 +280,8 @@ def test_max_rows_draws_the_same_rows_for_a_seed(rows, settings, train, capsys):
     [
         ({"labels": "soft label"}, "labels must be one of hard, soft, threshold, td, found 'soft label'"),
         ({"threshold": 1.0}, r"threshold must lie in \[0, 1\), found 1.0"),
-        ({"head": "two-class"}, "head must be two_class or scalar, found 'two-class'"),
-        ({"loss": "hinge"}, "loss must be bce or mse, found 'hinge'"),
+        ({"head": "two-class"}, "head must be one of two_class, scalar, found 'two-class'"),
+        ({"loss": "hinge"}, "loss must be one of bce, mse, found 'hinge'"),
         ({"max_length": 1}, "max_length must be 2 or more, found 1"),
         ({"lora_r": -1}, "lora_r must be 0 or more, found -1"),
         ({"model": ""}, "model is missing: the checkpoint to start from"),

@@ -183,9 +183,9 @@ def test_the_loss_does_not_depend_on_the_batch(rows, settings, train, size):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"compare": "token"}, "compare must be path or step, found 'token'"),
-        ({"target": "hard"}, "target must be preferred or soft, found 'hard'"),
-        ({"aggregation": "sum"}, "aggregation must be last, min, prod, mean or empty, found 'sum'"),
+        ({"compare": "token"}, "compare must be one of path, step, found 'token'"),
+        ({"target": "hard"}, "target must be one of preferred, soft, found 'hard'"),
+        ({"aggregation": "sum"}, "aggregation must be one of nothing, last, min, prod, mean, found 'sum'"),
         ({"model": ""}, "model is missing"),
         ({"lambda_lm": -0.1}, "lambda_lm must be 0 or more, found -0.1"),
     ],

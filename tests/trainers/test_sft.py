@@ -415,7 +415,7 @@ def test_a_new_lab_model_is_made_from_its_sizes(rows, settings, train):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"reduction": "mean"}, "reduction must be sequence or token, found 'mean'"),
+        ({"reduction": "mean"}, "reduction must be one of sequence, token, found 'mean'"),
         ({"model": ""}, "model is missing: the checkpoint to start from"),
         ({"rows": ""}, "rows is missing: rows to train on"),
         ({"lab_model": {"width": "wide"}}, "lab_model.width must be a whole number"),
