@@ -21,7 +21,17 @@ from ..basics import make_folder
 from ..models.loading import load_model
 from ..models.step_format import Encoded, StepFormat
 from . import losses
-from .common import HEADS, Examples, MetricsFile, StepladderArguments, StepladderTrainer, fit, pad_batch, start_model
+from .common import (
+    HEADS,
+    Examples,
+    MetricsFile,
+    ReadsForward,
+    StepladderArguments,
+    StepladderTrainer,
+    fit,
+    pad_batch,
+    start_model,
+)
 
 JOINT = "joint"  # in the output folder, while the two checkpoints are made of it
 
@@ -109,7 +119,7 @@ class JointTrainer(StepladderTrainer):
         return torch.stack([batch["target_mask"].sum(), (batch["labels"][:, 1:] != -100).sum()])
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        output = model(input_ids=batch["input_ids"], attention_mask=self.padding_mask(batch), use_cache=False)
         score = self.score_loss(output.scores.float().squeeze(-1), batch["target"], batch["target_mask"]).sum()
         nats, _ = losses.token_cross_entropy(output.logits, batch["labels"])
         count = self.count_items(batch).clamp(min=1)
@@ -146,6 +156,7 @@ def train_joint(
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=[MetricsFile(args.output_dir)],
     )
+    trainer.add_callback(ReadsForward(trainer))
     trainer.score_loss, trainer.score_weight, trainer.lm_weight = score_loss, score_weight, lm_weight
 
     def save(trainer: StepladderTrainer, tokenizer: Any, step_format: StepFormat) -> None:

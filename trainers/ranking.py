@@ -17,6 +17,7 @@ from ..models.step_format import Aggregation, StepFormat
 from . import losses
 from .common import (
     MetricsFile,
+    ReadsForward,
     StepladderArguments,
     StepladderTrainer,
     check_rows_layout,
@@ -112,9 +113,10 @@ class RankingTrainer(StepladderTrainer):
         return torch.tensor(len(batch["target"]))
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        seen = self.padding_mask(batch)
         logits = model(
             input_ids=batch["input_ids"].flatten(0, 1),
-            attention_mask=batch["attention_mask"].flatten(0, 1),
+            attention_mask=None if seen is None else seen.flatten(0, 1),
             use_cache=False,
         ).logits
         scores = logits.float().squeeze(-1).unflatten(0, (-1, 2)).gather(2, batch["ends"])
@@ -150,6 +152,7 @@ def train(args: RankingArguments) -> dict[str, float]:
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=[MetricsFile(args.output_dir)],
     )
+    trainer.add_callback(ReadsForward(trainer))
     return fit(trainer, tokenizer, step_format)
 
 

@@ -16,6 +16,7 @@ from . import losses
 from .common import (
     Examples,
     MetricsFile,
+    ReadsForward,
     StepladderArguments,
     StepladderTrainer,
     check_rows_layout,
@@ -93,7 +94,8 @@ class RewardTrainer(StepladderTrainer):
         return batch["target_mask"].sum()
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        seen = self.padding_mask(batch)
+        logits = model(input_ids=batch["input_ids"], attention_mask=seen, use_cache=False).logits
         mask, targets = batch["target_mask"], batch["target"]
         log_odds = losses.step_logit(logits.float(), self.positive_class)
         loss = losses.step_bce if self.args.loss == "bce" else losses.step_mse
@@ -136,5 +138,6 @@ def train_reward(
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=[MetricsFile(args.output_dir)],
     )
+    trainer.add_callback(ReadsForward(trainer))
     trainer.positive_class = step_format.positive_class
     return fit(trainer, tokenizer, step_format)

@@ -24,6 +24,7 @@ from . import losses
 from .common import (
     Examples,
     MetricsFile,
+    ReadsForward,
     StepladderArguments,
     StepladderTrainer,
     check_rows_layout,
@@ -208,6 +209,8 @@ class SFTTrainer(StepladderTrainer):
         return batch["examples"].sum() if self.args.reduction == "sequence" else (batch["labels"][:, 1:] != -100).sum()
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        if not self.masked:
+            batch = {name: value for name, value in batch.items() if name != "attention_mask"}
         logits, labels, columns = trained_logits(model, batch, pick=self.pick)
         nats, mask = losses.aligned_cross_entropy(logits, labels)
         # In packs the weights hold the division by each example's own tokens.
@@ -292,6 +295,7 @@ def train(args: SFTArguments) -> dict[str, float]:
     )
     if args.packing and len(singles) > 1:
         trainer.add_callback(PackingIsRight(trainer, singles, tokenizer.pad_token_id))
+    trainer.add_callback(ReadsForward(trainer))
     return fit(trainer, tokenizer, step_format)
 
 
