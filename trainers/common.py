@@ -38,9 +38,11 @@ class StepladderTrainer(Trainer):
     """
 
     args: StepladderArguments
+    masked = True  # whether models are told where padding is; see ReadsForward
 
     def __init__(self, *, train_dataset: Examples, args: StepladderArguments, **kwargs: Any) -> None:
         super().__init__(train_dataset=train_dataset, args=args, **kwargs)
+        self.add_callback(ReadsForward(self))
         # The division below is the whole normalisation: transformers must neither divide by the accumulation steps nor leave
         # the item count out.
         self.model_accepts_loss_kwargs = True
@@ -54,6 +56,10 @@ class StepladderTrainer(Trainer):
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         """(loss summed over the micro-batch's items, a scalar or [terms]; metrics for the log)."""
         raise NotImplementedError
+
+    def padding_mask(self, batch: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """The mask [..., S] of a batch that is padded on the right; None where the model can do without."""
+        return batch["attention_mask"] if self.masked else None
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         # All micro-batches of an optimiser step are here at once, and the last of them are the last of the epoch.
@@ -147,6 +153,35 @@ class StepladderTrainer(Trainer):
         return LikeLengths(
             data.lengths, batch, self.args.seed, group=self.args.like_lengths, pool=self.args.length_window
         )
+
+
+class ReadsForward(TrainerCallback):
+    """Finds out before training whether padding behind a sequence can change what stands before it; lets masks go if it cannot.
+
+    A mask of padding makes attention on most devices slower by far: it is spread over all pairs of tokens, and half of these are
+    computed although nobody looks back at them. Which model needs it is for the model to show, not for a list of names to say.
+    """
+
+    def __init__(self, trainer: StepladderTrainer) -> None:
+        self.trainer = trainer
+
+    @torch.no_grad()
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, model = self.trainer, self.trainer.model_wrapped
+        config = trainer.accelerator.unwrap_model(trainer.model).config
+        # Other attention has ways of its own with padding: some leave it out where there is a mask.
+        if getattr(config, "_attn_implementation", None) != "sdpa":
+            return
+        ids = torch.arange(12, device=args.device)[None] % config.get_text_config().vocab_size
+        other = ids.clone()
+        other[0, -1] = ids[0, 0]
+        was_training = model.training
+        model.train(False)
+        with trainer.compute_loss_context_manager():
+            found, changed = (model(input_ids=one, use_cache=False).logits[0].float() for one in (ids, other))
+        model.train(was_training)
+        apart = (found - changed).abs().amax(1)
+        trainer.masked = not bool(apart[:-1].max() <= 1e-3 * apart[-1])
 
 
 class MetricsFile(TrainerCallback):
@@ -378,8 +413,10 @@ def end_process() -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    atexit._run_exitfuncs()  # trackers finish their runs here
+    # Trackers finish their runs here, and a vLLM takes leave of its process groups, for which they must be there still.
+    atexit._run_exitfuncs()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

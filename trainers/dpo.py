@@ -25,11 +25,13 @@ from . import losses
 from .arguments import StepladderArguments
 from .common import MetricsFile, StepladderTrainer, fit, run_trainer, start_model
 from .examples import Examples, check_rows_layout, counted, pad_batch, policy_format, read_examples, report_counts
-from .forward import answer_logprobs, fork, fork_logprobs, takes_positions
+from .forward import answer_logprobs, fork, fork_logprobs, in_pieces, takes_positions
 
 REFERENCE = (
     "reference.json"  # in the output folder: log-probabilities of all pairs under the model that training starts from
 )
+# What a forward of its own costs, in tokens: some, before its products are large enough, and more the smaller the model's width.
+FORWARD_TOKENS, FORWARD_WORK = 32, 1e6
 
 
 @dataclass
@@ -150,10 +152,23 @@ class DPOTrainer(StepladderTrainer):
     def logprobs(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probabilities [B, 2] of the chosen and the rejected side, summed over their tokens; numbers of tokens [B, 2])."""
         if "branch" in batch:
-            return fork_logprobs(model, batch, pick=self.pick)
+            if self.args.world_size > 1 or self.args.device.type != "cpu":
+                return fork_logprobs(model, batch, pick=self.pick)
+            return self._in_pieces(model, batch)
         flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "labels", "attention_mask")}
+        if not self.masked:
+            del flat["attention_mask"]
         found, tokens = answer_logprobs(model, flat, pick=self.pick)
         return found.unflatten(0, (-1, 2)), tokens.unflatten(0, (-1, 2))
+
+    def _in_pieces(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from several forwards. Rows are padded in each of their three parts, to twice their length and more; and on a
+        CPU a forward of few rows takes no longer a token than one of many, unless the model is small."""
+        pieces = in_pieces(batch, FORWARD_TOKENS + FORWARD_WORK / self.model.config.get_text_config().hidden_size ** 2)
+        parts = [fork_logprobs(model, piece, pick=self.pick) for _, piece in pieces]
+        back = torch.tensor([row for rows, _ in pieces for row in rows]).argsort()
+        found, tokens = (torch.cat(of_all)[back] for of_all in zip(*parts, strict=True))
+        return found, tokens
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         found, tokens = self.logprobs(model, batch)

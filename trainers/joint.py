@@ -113,7 +113,7 @@ class JointTrainer(StepladderTrainer):
         return torch.stack([batch["target_mask"].sum(), (batch["labels"][:, 1:] != -100).sum()])
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        output = model(input_ids=batch["input_ids"], attention_mask=self.padding_mask(batch), use_cache=False)
         log_odds = losses.step_logit(output.scores.float(), self.positive_class)
         score = self.score_loss(log_odds, batch["target"], batch["target_mask"]).sum()
         nats, _ = losses.token_cross_entropy(output.logits, batch["labels"])

@@ -127,9 +127,10 @@ class RankingTrainer(StepladderTrainer):
         return torch.stack([pairs, (batch["labels"][:, 1:] != -100).sum().to(pairs.device)])
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        seen = self.padding_mask(batch)
         output = model(
             input_ids=batch["input_ids"].flatten(0, 1),
-            attention_mask=batch["attention_mask"].flatten(0, 1),
+            attention_mask=None if seen is None else seen.flatten(0, 1),
             use_cache=False,
         )
         raw = output.scores if self.args.lambda_lm else output.logits

@@ -91,7 +91,8 @@ class RewardTrainer(StepladderTrainer):
         return batch["target_mask"].sum()
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        seen = self.padding_mask(batch)
+        logits = model(input_ids=batch["input_ids"], attention_mask=seen, use_cache=False).logits
         mask, targets = batch["target_mask"], batch["target"]
         log_odds = losses.step_logit(logits.float(), self.positive_class)
         loss = score_loss(self.args)

@@ -196,6 +196,8 @@ class SFTTrainer(StepladderTrainer):
         return batch["examples"].sum() if self.args.reduction == "sequence" else (batch["labels"][:, 1:] != -100).sum()
 
     def loss_sum(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        if not self.masked:
+            batch = {name: value for name, value in batch.items() if name != "attention_mask"}
         logits, labels, columns = trained_logits(model, batch, pick=self.pick)
         nats, mask = losses.aligned_cross_entropy(logits, labels)
         # In packs the weights hold the division by each example's own tokens.

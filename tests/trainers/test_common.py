@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from stepladder.basics import UserError
 from stepladder.data_gen.store import write_rows
 from stepladder.models.reward import RewardModel
 from stepladder.models.step_format import StepFormat
-from stepladder.trainers.common import WHOLE, _drop_old_checkpoints, newest_whole_checkpoint
+from stepladder.trainers.common import WHOLE, ReadsForward, _drop_old_checkpoints, newest_whole_checkpoint
 from stepladder.trainers.examples import LikeLengths, pad_batch, pick_rows
 
 
@@ -371,3 +373,65 @@ def test_a_backend_that_aborts_at_the_end_fails_no_training(group: str, status: 
     if group:
         assert ended.stdout.endswith("trained out\n")  # transformers says first that W&B is offline, where it is
     assert (tmp_path / "said").read_text() == "the tracker has finished"
+
+
+# --- padding masks ------------------------------------------------------------------------------------------------------
+
+
+class Reads(torch.nn.Module):
+    """A model whose output at a token depends on the mean of all up to it, or of the whole sequence."""
+
+    def __init__(self, forward: bool, attention: str = "sdpa") -> None:
+        super().__init__()
+        self.embedding, self.forward_only = torch.nn.Embedding(40, 4), forward
+        self.config = SimpleNamespace(_attn_implementation=attention)
+        self.config.get_text_config = lambda: SimpleNamespace(vocab_size=40)
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        seen = self.embedding(input_ids)
+        if self.forward_only:
+            logits = seen.cumsum(1) / torch.arange(1, seen.shape[1] + 1)[:, None]
+        else:
+            logits = seen + seen.mean(1, keepdim=True)
+        return SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize(
+    ("model", "masked"), [(Reads(True), False), (Reads(False), True), (Reads(True, "flash_attention_2"), True)]
+)
+def test_masks_go_where_a_model_only_reads_forward(model: Reads, masked: bool) -> None:
+    trainer = SimpleNamespace(
+        model=model, model_wrapped=model, masked=True, accelerator=SimpleNamespace(unwrap_model=lambda one: one),
+        compute_loss_context_manager=contextlib.nullcontext,
+    )  # fmt: skip
+    model.train()
+    ReadsForward(trainer).on_train_begin(SimpleNamespace(device="cpu"), None, None)
+    assert trainer.masked is masked
+    assert model.training
+
+
+@pytest.mark.parametrize("kind", ["prm", "ranking", "value", "sft"])
+def test_without_a_mask_of_padding_the_training_is_the_same(kind, settings, train, tmp_path, monkeypatch):
+    """The same losses and weights, and attention gets no mask of pairs of tokens."""
+    import transformers.integrations.sdpa_attention as sdpa
+
+    attend, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*args: Any, attn_mask: Any = None, **given: Any) -> torch.Tensor:
+        masks.append(attn_mask is not None)
+        return attend(*args, attn_mask=attn_mask, **given)
+
+    monkeypatch.setattr(sdpa.torch.nn.functional, "scaled_dot_product_attention", watched)
+    values = settings(kind, max_steps=2, like_lengths=False)
+    without = train(kind, {**values, "output_dir": str(tmp_path / "without")})
+    assert masks
+    assert not any(masks)
+    masks.clear()
+    monkeypatch.setattr(ReadsForward, "on_train_begin", lambda *args, **given: None)
+    masked = train(kind, {**values, "output_dir": str(tmp_path / "masked")})
+    assert any(masks)
+    losses = [[line["loss"] for line in run.lines if "loss" in line] for run in (without, masked)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    ours, theirs = weights_of(without.out), weights_of(masked.out)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import Any
@@ -27,7 +28,7 @@ from stepladder.trainers.dpo import (
     pair_example,
 )
 from stepladder.trainers.examples import Examples
-from stepladder.trainers.forward import answer_logprobs, fork_logprobs, fork_mask
+from stepladder.trainers.forward import answer_logprobs, fork_logprobs, fork_mask, in_pieces
 from stepladder.trainers.sft import dialogue_example
 
 
@@ -286,6 +287,57 @@ def test_fewer_tokens_are_read_and_logits_computed_at_the_answers_alone(lab_word
     assert batch["input_ids"].shape == (4, 9 + 3 + 4)  # longest prefix, longest first side, longest second
     assert shapes == [3 + 4 + 1]  # the last token of the prefix predicts the first of both
     assert batch["attention_mask"].sum() == sum(start + sum(len(i) - start for i in ids) for ids, start in PAIRS)
+
+
+@pytest.mark.parametrize(("overhead", "number"), [(0, 4), (6, 3), (11, 2), (1000, 1)])
+def test_pieces_of_a_batch_are_the_batch_with_less_padding(lab_words, tiny_policy, overhead, number):
+    """The same log-probabilities and gradients from several forwards, whose padding is the least of all cuts of their order."""
+    model = tiny_policy(lab_words).double()
+    batch = collate_forked([{"input_ids": ids, "start": start, "smoothing": 0.1} for ids, start in PAIRS], 0)
+    pieces = in_pieces(batch, overhead)
+    assert len(pieces) == number
+    rows = [row for piece, _ in pieces for row in piece]
+    assert sorted(rows) == [0, 1, 2, 3]
+    assert sum(int(cut["attention_mask"].sum()) for _, cut in pieces) == int(batch["attention_mask"].sum())
+    lengths = [(start, *(len(one) - start for one in ids)) for ids, start in PAIRS]
+    cost = lambda cut: sum(len(one) * sum(max(lengths[r][k] for r in one) for k in range(3)) + overhead for one in cut)
+    every_cut = []
+    for ends in range(8):  # bit i: a piece ends behind the i-th row
+        marks = [0, *(i + 1 for i in range(3) if ends >> i & 1), 4]
+        every_cut.append([rows[a:b] for a, b in itertools.pairwise(marks)])
+    assert sum(cut["input_ids"].numel() + overhead for _, cut in pieces) == min(map(cost, every_cut))
+    weights = torch.arange(1.0, 9.0, dtype=torch.float64).view(4, 2)
+    whole, counts = fork_logprobs(model, batch, pick=True)
+    (weights * whole).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    parts = [fork_logprobs(model, cut, pick=True) for _, cut in pieces]
+    found = torch.cat([values for values, _ in parts])
+    torch.testing.assert_close(found, whole[rows], rtol=1e-6, atol=1e-6)
+    assert torch.cat([tokens for _, tokens in parts]).tolist() == counts[rows].tolist()
+    (weights[rows] * found).sum().backward()
+    for weight, want in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(weight.grad, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trainer_cuts_batches_of_wide_models_and_not_of_narrow_ones(trainer, rows, lab_words, monkeypatch):
+    items = items_of(rows, lab_words)
+    made, batch = trainer(items), collate_forked(items, 0)
+    read = []
+    handle = made.model.register_forward_pre_hook(
+        lambda _m, _i, given: read.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        narrow, tokens = made.logprobs(made.model, batch)
+        assert read == [batch["input_ids"].numel()]
+        monkeypatch.setattr("stepladder.trainers.dpo.FORWARD_WORK", 0.0)
+        monkeypatch.setattr("stepladder.trainers.dpo.FORWARD_TOKENS", 1)
+        wide, same = made.logprobs(made.model, batch)
+    handle.remove()
+    assert len(read) > 2
+    assert int(batch["attention_mask"].sum()) <= sum(read[1:]) < read[0]
+    torch.testing.assert_close(wide, narrow)
+    assert same.tolist() == tokens.tolist()
 
 
 def test_masks_by_enumeration():
