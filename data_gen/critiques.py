@@ -19,7 +19,7 @@ from ..basics import UserError, canonical_json, fold_seed
 from ..models.corrections import StepVerdict, Wording, fill, read_critique, strip_leaks, write_critique
 from ..models.engine import Engine, Request, Sample, Sampling, StopReason
 from ..models.step_format import StepFormat
-from ..tasks.base import Problem, StepChecker, StepPlanter, Task, first_error
+from ..tasks.base import Problem, StepChecker, StepPlanter, Subtracts, Task, first_error
 from ..tasks.chain import ERRORS
 from .rows import Dialogue, Message, Solution, Source
 from .store import UnitResult
@@ -204,8 +204,9 @@ def exact_critique(
 
     What only goes on from an error inherits it, and is no error of its own; an explanation says which step should have stood there.
     With `stop_at_error` steps behind the first error are left out. With `reason_first` every step is explained by the step that
-    should stand there, before its verdict: a critic that learns this judges by comparing. Without `results` the step that should
-    stand there ends before its equals sign: where a solution is one line, its result is the answer.
+    should stand there, before its verdict, and by how much the result is off, where the task can subtract: a critic that learns
+    this judges by comparing, and a difference that is not 0 is easier to see than two numbers that are not equal. Without `results`
+    the step that should stand there ends before its equals sign: where a solution is one line, its result is the answer.
     """
     verdicts: list[StepVerdict] = []
     checks = task.check_steps(draft.problem, draft.steps)
@@ -215,6 +216,8 @@ def exact_critique(
         if reason_first or not check.local_ok:
             expected = task.expected_step(draft.problem, draft.steps[:t])
             why = _expected(expected, results)
+            if reason_first and expected and results:
+                why += _off(task, step, expected)
         elif error is not None and t > error and not check.on_track:
             why = f"inherits error from step {error + 1}"
         verdicts.append(StepVerdict(step, check.local_ok, why))
@@ -229,6 +232,11 @@ def _expected(step: str | None, results: bool) -> str:
     return f"expected {' '.join(step.split())}" if step else ""
 
 
+def _off(task: StepPlanter, step: str, expected: str) -> str:
+    line = task.difference(step, expected) if isinstance(task, Subtracts) else None
+    return f" error {line}" if line else ""
+
+
 def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool = False, results: bool = True) -> str:
     """An exact critique with a wrong finding: another step is called wrong, or the right one is with a wrong correction.
 
@@ -240,13 +248,15 @@ def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool 
     if error is not None and (seed % 2 == 0 or not places):
         places = [error]
     place = places[(seed >> 8) % len(places)]
-    verdicts = [
-        StepVerdict(step, True, _expected(step, results) if reason_first else "") for step in draft.steps[:place]
-    ]
+
+    def told(step: str, expected: str) -> str:
+        return _expected(expected, results) + (_off(task, step, expected) if reason_first and results else "")
+
+    verdicts = [StepVerdict(step, True, told(step, step) if reason_first else "") for step in draft.steps[:place]]
     # A wrong correction is a planted slip of the line that should stand there.
     wrong = task.planted(draft.problem, min(place, len(draft.steps) - 1), "slip", seed >> 16)
     fix = wrong[place] if place < len(wrong) else wrong[-1]
-    verdicts.append(StepVerdict(draft.steps[place], False, _expected(fix, results)))
+    verdicts.append(StepVerdict(draft.steps[place], False, told(draft.steps[place], fix)))
     return write_critique(verdicts, False, reason_first=reason_first)
 
 

@@ -98,6 +98,15 @@ class StepPlanter(Task, StepChecker, Protocol):
 
 
 @runtime_checkable
+class Subtracts(Protocol):
+    """A task that can say by how much a step's result is off, in a line of its own kind."""
+
+    def difference(self, step: str, expected: str) -> str | None:
+        """The line `z - z* = d` of the results of a step and of the one expected; None if either has none. Equal ones give 0."""
+        ...
+
+
+@runtime_checkable
 class HasReference(Protocol):
     """A task that knows a full right solution of its problems, for supervised fine-tuning."""
 

@@ -206,6 +206,20 @@ class ChainArith:
         operation, operand = operations[len(steps)]
         return f"{value} {operation} {operand} = {apply(value, operation, operand, self.p)}"
 
+    def difference(self, step: str, expected: str) -> str | None:
+        """The line `z - z* = d` mod p of the results of a step and of the one that is expected; None if either has none."""
+        result, wanted = (self._result(text) for text in (step, expected))
+        if result is None or wanted is None:
+            return None
+        return f"{result} - {wanted} = {(result - wanted) % self.p}"
+
+    def _result(self, text: str) -> int | None:
+        """What a line or an answer line writes, if it is a residue."""
+        answer = _ANSWER.fullmatch(text.strip())
+        if answer is None:
+            return self.written_result(text)
+        return int(answer[1]) if int(answer[1]) < self.p else None
+
     def planted(self, problem: Problem, index: int, error: str, seed: int, more: float = 0.0) -> list[str]:
         """The right solution with one of `ERRORS` planted at a step; what follows goes on from it, and slips with
         probability `more` at each line.

@@ -87,6 +87,19 @@ class WorkedTask(TextTask):
         except (ValueError, ZeroDivisionError):
             return None
 
+    def difference(self, step: str, expected: str) -> str | None:
+        """The line `z - z* = d` of the results of a step and of the one that is expected; None if either has none."""
+        found = []
+        for text in (step, expected):
+            line = _line(text)
+            found.append(line[3] if line is not None else _answer(text))
+        if found[0] is None or found[1] is None:
+            return None
+        try:
+            return f"{shown(found[0])} - {shown(found[1])} = {shown(found[0] - found[1])}"
+        except ValueError:
+            return None
+
     def planted(self, problem: Problem, index: int, error: str, seed: int, more: float = 0.0) -> list[str]:
         """The right solution with one of `chain.ERRORS` planted at a line; what follows goes on from it, and slips with
         probability `more` at each line.

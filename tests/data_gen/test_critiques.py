@@ -133,9 +133,16 @@ def test_the_exact_critique_names_the_step_what_was_expected_and_what_only_inher
     assert short.split("\n") == [*text.split("\n")[:5], "Final answer verdict: Wrong"]
     first = exact_critique(TASK, flawed(), stop_at_error=True, reason_first=True)
     assert first.split("\n") == [
-        "Step: 3 + 5 = 1", "Explanation: expected 3 + 5 = 1", "Verdict: Correct",
-        "Step: 1 * 2 = 4", "Explanation: expected 1 * 2 = 2", "Verdict: Wrong", "Final answer verdict: Wrong",
+        "Step: 3 + 5 = 1", "Explanation: expected 3 + 5 = 1 error 1 - 1 = 0", "Verdict: Correct",
+        "Step: 1 * 2 = 4", "Explanation: expected 1 * 2 = 2 error 4 - 2 = 2", "Verdict: Wrong", "Final answer verdict: Wrong",
     ]  # fmt: skip
+    bare = exact_critique(TASK, flawed(), stop_at_error=True, reason_first=True, results=False)
+    assert [line for line in bare.split("\n") if "expected" in line] == [
+        "Explanation: expected 3 + 5", "Explanation: expected 1 * 2"
+    ]  # fmt: skip
+    # An answer line has no equals sign: without results nothing is said of it.
+    late = Draft(flawed().problem, ("3 + 5 = 1", "1 * 2 = 2", "2 - 1 = 1", "Answer: 3"), False, "RG1", 0, "p", 3, True)
+    assert exact_critique(TASK, late, results=False).endswith("Verdict: Wrong\nFinal answer verdict: Wrong")
     assert (
         exact_critique(TASK, flawed("5")).count("Verdict: Wrong") == 2
     )  # the answer does not repeat the last value either
@@ -145,7 +152,10 @@ def test_exact_critiques_find_every_planted_error_and_lab_texts_have_no_unknown_
     drafts = [
         d for p in problems.values() for o in ("RG2", "RG3") for d in planted_drafts(TASK, p, origin=o, count=2, seed=2)
     ]
-    for row in exact_critiques(TASK, drafts, LAB, seed=0).rows:
+    either = [
+        row for first in (False, True) for row in exact_critiques(TASK, drafts, LAB, seed=0, reason_first=first).rows
+    ]
+    for row in either:
         meta = meta_of(row)
         assert read_critique(row.messages[1].content).first_error == meta["first_error"]
         assert row.messages[1].train

@@ -325,3 +325,11 @@ def test_a_line_holds_whatever_was_asked():
         True,
         False,
     ]
+
+
+def test_by_how_much_a_step_is_off():
+    task = ChainArith(p=7)
+    assert task.difference("3 - 6 = 0", "3 - 6 = 4") == "0 - 4 = 3"
+    assert task.difference("Answer: 5", "Answer: 5") == "5 - 5 = 0"
+    assert task.difference("Answer: 9", "Answer: 5") is None
+    assert task.difference("3 -", "3 - 6 = 4") is None

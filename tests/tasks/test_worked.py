@@ -92,6 +92,13 @@ def test_the_step_that_is_expected_goes_on_from_what_is_written(task: WorkedTask
     assert expected("so") is None
 
 
+def test_by_how_much_a_line_is_off(task: WorkedTask) -> None:
+    assert task.difference("12 - 4 = 9", PLAN[0]) == "9 - 8 = 1"
+    assert task.difference("The answer is 23", PLAN[3]) == "23 - 23 = 0"
+    assert task.difference("7 / 2 = 3.5", "7 - 2 = 5") == "3.5 - 5 = -1.5"
+    assert task.difference("so", PLAN[0]) is None
+
+
 def test_operands_that_are_results_are_told_from_numbers_of_the_problem(task: WorkedTask) -> None:
     # 20 - (6 - 2): the second line's right operand is the first one's result; 9 - 5 - 4 begins with it.
     for lines, wrong, goes_on in (
