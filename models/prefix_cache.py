@@ -20,13 +20,18 @@ class Entry:
 
 
 class PrefixCache:
-    """The most recently used prefixes of one model, up to `capacity_bytes` in all."""
+    """The most recently used prefixes of one model, up to `capacity_bytes` in all.
+
+    Entries may be views of one tensor, as a solution and what it begins with are: its bytes count once, and are given back with
+    the last of them.
+    """
 
     def __init__(self, capacity_bytes: int = 2 * 2**30) -> None:
         self.capacity_bytes = capacity_bytes
         self._entries: OrderedDict[tuple[int, ...], Entry] = OrderedDict()
         self._lengths: dict[int, int] = {}  # length -> how many entries have it, so that lookups try few prefixes
         self._bytes = 0
+        self._shared: dict[int, int] = {}  # address of a storage -> how many entries are views of it
 
     def longest(self, ids: Sequence[int], at_most: int) -> tuple[int, Entry | None]:
         """(length, entry) of the longest stored prefix of `ids` that has `at_most` tokens; (0, None) if there is none."""
@@ -48,13 +53,20 @@ class PrefixCache:
             self._forget(key)
         self._entries[key] = Entry(keys_values, extra)
         self._lengths[len(key)] = self._lengths.get(len(key), 0) + 1
-        self._bytes += keys_values.numel() * keys_values.element_size()
+        storage = keys_values.untyped_storage()
+        views = self._shared.get(storage.data_ptr(), 0)
+        self._shared[storage.data_ptr()] = views + 1
+        self._bytes += 0 if views else storage.nbytes()
         while self._bytes > self.capacity_bytes and len(self._entries) > 1:
             self._forget(next(iter(self._entries)))
 
     def _forget(self, key: tuple[int, ...]) -> None:
-        tensor = self._entries.pop(key).keys_values
-        self._bytes -= tensor.numel() * tensor.element_size()
+        storage = self._entries.pop(key).keys_values.untyped_storage()
+        views = self._shared.pop(storage.data_ptr()) - 1
+        if views:
+            self._shared[storage.data_ptr()] = views
+        else:
+            self._bytes -= storage.nbytes()
         self._lengths[len(key)] -= 1
         if not self._lengths[len(key)]:
             del self._lengths[len(key)]

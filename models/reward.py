@@ -211,7 +211,13 @@ class RewardModel:
             results[index] = read + [read[-1]] * (wanted - len(read))
             if self.cache is not None and cache is not None:
                 columns = mask[row].nonzero().squeeze(-1).to(device)
-                self.cache.put(ids, row_of(cache, row, columns), score_at)
+                keys_values = row_of(cache, row, columns)
+                # A search that looks ahead, or refines a draft, goes on from within what was scored.
+                for end in fitting:
+                    if known <= end < len(ids) - 1:
+                        inside = {e: score for e, score in score_at.items() if e <= end}
+                        self.cache.put(ids[: end + 1], keys_values[:, :, : end + 1], inside)
+                self.cache.put(ids, keys_values, score_at)
 
     def _probability(self, logits: torch.Tensor) -> torch.Tensor:
         good, offset = self.step_format.positive_class or 0, self.step_format.offset

@@ -57,6 +57,21 @@ def test_a_prefix_put_again_is_replaced():
     assert cache._bytes == 96 * 2
 
 
+def test_views_of_one_tensor_count_once_and_its_bytes_go_with_the_last():
+    cache = PrefixCache(capacity_bytes=96 * 10)
+    whole = keys_values(4)
+    cache.put((1, 2), whole[:, :, :2])
+    cache.put((1, 2, 3, 4), whole)
+    assert cache._bytes == 96 * 4
+    cache.put((5,) * 5, keys_values(5))
+    assert cache._bytes == 96 * 9
+    cache.put((6, 6), keys_values(2))  # the view is the oldest; without it its tensor is still held
+    assert cache.longest((1, 2, 3, 4), 3)[0] == 0
+    assert cache.longest((1, 2, 3, 4), 4)[0] == 0  # so the tensor's last view had to go as well
+    assert cache._bytes == 96 * 7
+    assert cache._shared == {e.keys_values.untyped_storage().data_ptr(): 1 for e in cache._entries.values()}
+
+
 def test_ids_and_keys_must_agree():
     for ids in ((1, 2), ()):
         with pytest.raises(ValueError, match="need keys and values of that length"):

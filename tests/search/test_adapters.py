@@ -24,7 +24,7 @@ from stepladder.search.particles import particle_filter
 from stepladder.search.rebase import rebase
 from stepladder.search.revisions import revisions
 from stepladder.search.step_beam import step_beam
-from stepladder.search.tree_of_thoughts import tot_bfs
+from stepladder.search.tree_of_thoughts import tot_bfs, tot_dfs
 from stepladder.tasks.base import Problem
 from stepladder.tasks.chain import ChainArith
 
@@ -206,12 +206,14 @@ def scored_once(results, encode) -> int:
 
 SEARCHES = {
     "best_of_n": (best_of_n, {"n": 6}),
+    "step_best_of_n": (step_best_of_n, {"n": 4}),
     "beam": (beam_search, {"beams": 6, "width": 3}),
     "dvts": (dvts, {"n": 6, "width": 3}),
     "particles": (particle_filter, {"n": 6}),
     "rebase": (rebase, {"n": 6}),
     "step_beam": (step_beam, {"beams": 2, "width": 3}),
     "tot_bfs": (tot_bfs, {"beams": 2, "width": 3}),
+    "tot_dfs": (tot_dfs, {"width": 3, "threshold": 0.0, "expansions": 12, "solutions": 4}),
     "mcts": (mcts, {"simulations": 24, "width": 3}),
     "mcts, scored": (mcts, {"simulations": 12, "width": 3, "unvisited": "score"}),
 }
@@ -251,6 +253,40 @@ def test_a_growing_prefix_is_never_encoded_twice(lab_model, tiny_scorer, name):
     before = reward.ledger.reward_tokens
     scorer([state for result in results for state in result.finals])
     assert reward.ledger.reward_tokens == before > 0
+
+
+@pytest.mark.parametrize("lookahead", [1, 3])
+@pytest.mark.parametrize("name", ["beam", "dvts"])
+def test_looking_ahead_encodes_nothing_twice(lab_model, tiny_scorer, name, lookahead):
+    """What is judged lies ahead, and what is gone on from within it: still every step of every prefix is read once."""
+    task = ChainArith(p=7, min_steps=6, max_steps=7, sizes={"test": 3})
+    words = lab_model.tokenizer
+    step_format = StepFormat.for_policy(words, "\n")
+    engine = TransformersEngine(lab_model.model, words, cache=PrefixCache())
+    reward = RewardModel(tiny_scorer(words), words, step_format.for_reward("scalar", "hard"), cache=PrefixCache())
+    policy, judge = StepPolicy(engine, step_format, "\n", Sampling(64)), RewardScorer(reward, "last")
+    asked: list[tuple[int, ...]] = []
+    judged: set[tuple[str, tuple[str, ...]]] = set()
+
+    def generate(requests, sampling, real=engine.generate):
+        asked.extend(request.prefix for request in requests)
+        return real(requests, sampling)
+
+    def scorer(states):
+        judged.update((state.prompt, state.steps[:t]) for state in states for t in range(len(state.steps) + 1))
+        return judge(states)
+
+    engine.generate = generate
+    strategy, settings = SEARCHES[name]
+    roots = [policy.root(problem) for problem in task.problems("test")]
+    strategy(roots, policy, scorer, **settings, lookahead=lookahead)
+    prompts = {root.ids for root in roots}
+    # The newest token of a prefix is encoded each time that the prefix is gone on from: greedily, and then by the search.
+    gone_on = [ids for ids in asked if ids not in prompts]
+    assert engine.ledger.prefilled_tokens == sum(map(len, prompts)) + len(gone_on)
+    length = {key: len(step_format.encode(words, *key).ids) for key in judged}
+    once = sum(n - (length[prompt, steps[:-1]] if steps else 0) for (prompt, steps), n in length.items())
+    assert reward.ledger.reward_tokens == once
 
 
 def test_the_cost_of_a_search_is_linear_in_its_steps(lab_words, markov_policy, tiny_scorer):
