@@ -68,7 +68,7 @@ ROWS: dict[str, Row] = {
         "--precision=no",
         repetitions=1,
     ),
-    "ppo_lab": Row("ppo.py", "--prompts=32 --batch=32", repetitions=3),
+    "ppo_lab": Row("ppo.py", "--prompts=32 --batch=32 --rollouts=4", repetitions=5),
     "ppo_smollm2": Row(
         "ppo.py", f"--policy={{smollm2}} {WORD_PROBLEMS} --prompts=4 --rollouts=1 --max-new-tokens=48", repetitions=2
     ),

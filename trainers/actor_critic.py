@@ -13,7 +13,7 @@ from ..models.engine import Request, Sample, Sampling
 from ..models.transformers_engine import TransformersEngine
 from . import rl_math
 from .common import plain_class
-from .forward import takes_positions
+from .forward import masked_logits, share_prompts
 
 
 class ActorCritic(torch.nn.Module):
@@ -27,6 +27,7 @@ class ActorCritic(torch.nn.Module):
         super().__init__()
         self.policy, self.critic, self.reference = policy, critic, reference
         self.config = policy.config  # DeepSpeed sizes its buckets by it
+        self.share_prompts = True
         if reference is not None:
             reference.requires_grad_(False)
         module: Any
@@ -47,39 +48,31 @@ class ActorCritic(torch.nn.Module):
     ) -> dict[str, torch.Tensor]:
         """logp, with `entropy` entropy, with a critic values, all [B, S-1] in action coordinates; with `reference` ref_logp too.
 
-        `mask` [B, S-1] says where they are needed: logits are computed in its columns alone, and what stands outside of it is 0.
+        `mask` [B, S-1] says where they are needed: what stands outside of it is 0, and logits are computed in its columns alone.
+        A prompt that several rows share is read once for all of them where that is less work.
         """
+        shared = share_prompts(input_ids, attention_mask, mask) if mask is not None and self.share_prompts else None
         if mask is None:
             mask = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        found = self._read(self.policy, inputs, mask, temperature, ("logp", "entropy" if entropy else ""))
+
+        def read(model: Any) -> torch.Tensor:
+            return masked_logits(model, input_ids, attention_mask, mask, shared)
+
+        def placed(values: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+
+        ids = input_ids[:, 1:][mask]
+        logp, spread = rl_math.logprobs_and_entropy(read(self.policy), ids, temperature, entropy=entropy)
+        found = {"logp": placed(logp)}
+        if spread is not None:
+            found["entropy"] = placed(spread)
         if self.critic is not None:
-            found["values"] = (
-                self.critic(**inputs).logits.float().squeeze(-1)[:, :-1]
-            )  # of the state before each action
+            found["values"] = placed(read(self.critic).float().squeeze(-1))  # of the state before each action
         if reference:
             with torch.no_grad(), self.reference_policy() as model:
-                found |= self._read(model, inputs, mask, temperature, ("ref_logp", ""))
+                ref_logp, _ = rl_math.logprobs_and_entropy(read(model), ids, temperature, entropy=False)
+            found["ref_logp"] = placed(ref_logp)
         return found
-
-    def _read(
-        self, model: Any, inputs: dict[str, Any], mask: torch.Tensor, temperature: float, names: tuple[str, str]
-    ) -> dict[str, torch.Tensor]:
-        """Log-probabilities, and entropies where they have a name, [B, S-1]; 0 where `mask` is False."""
-        columns = mask.any(0).nonzero().squeeze(-1)
-        if not len(columns):  # a model must run in every process, whatever is trained in its share
-            columns = columns.new_zeros(1)
-        if takes_positions(model):
-            logits = model(**inputs, logits_to_keep=columns).logits
-        else:
-            logits = model(**inputs).logits[:, columns]
-        ids = inputs["input_ids"][:, 1:][mask]
-        made = rl_math.logprobs_and_entropy(logits[mask[:, columns]], ids, temperature, entropy=bool(names[1]))
-        return {
-            name: torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-            for name, values in zip(names, made, strict=True)
-            if values is not None
-        }
 
     @contextlib.contextmanager
     def reference_policy(self) -> Iterator[Any]:

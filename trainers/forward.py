@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..models.prefix_cache import cache_keyword, supports_prefix_cache
 from . import losses
 
 
@@ -47,6 +49,131 @@ def answer_logprobs(model: Any, batch: dict[str, torch.Tensor], *, pick: bool) -
     logits, labels, _ = trained_logits(model, batch, pick=pick)
     nats, mask = losses.aligned_cross_entropy(logits, labels)
     return -nats.sum(1), mask.sum(1)
+
+
+# --- many responses to one prompt ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Rows [B, S] as the prompts that they begin with, each of them once, and what stands behind: the same tokens, read once.
+
+    Row b is `prompts[which[b]]` without its padding, then `rest[b]`. Both are padded on the right. `rest` begins with the last
+    token of the prompt, which predicts the first of the response; `columns` [B, R] are the places of its tokens in the row.
+    """
+
+    prompts: torch.Tensor  # [U, P]
+    prompt_mask: torch.Tensor
+    which: torch.Tensor  # [B]
+    rest: torch.Tensor  # [B, R]
+    rest_mask: torch.Tensor
+    columns: torch.Tensor
+
+    def inputs(self, model: Any) -> dict[str, Any]:
+        """What the model is given to read `rest`, once it has read the prompts. Gradients flow through their keys and values."""
+        from transformers import DynamicCache
+
+        keyword = cache_keyword(_base(model))
+        caches = [DynamicCache(config=_base(model).config) for _ in range(2)]
+        skip = {"logits_to_keep": 1} if takes_positions(model) else {}
+        model(
+            input_ids=self.prompts, attention_mask=self.prompt_mask, use_cache=True, **{keyword: caches[0]}, **skip
+        )  # fmt: skip
+        for number, layer in enumerate(caches[0].layers):
+            caches[1].update(layer.keys[self.which], layer.values[self.which], number)
+        return {
+            "input_ids": self.rest,
+            "attention_mask": torch.cat([self.prompt_mask[self.which], self.rest_mask], 1),
+            "position_ids": self.columns,
+            "use_cache": True,
+            keyword: caches[1],
+        }
+
+
+def shared_cost(prompts: Sequence[int], lengths: Sequence[int], groups: Sequence[int]) -> tuple[int, int]:
+    """(tokens of rows as they are, tokens with the prompt of each group read once), padding included, of one micro-batch.
+
+    `prompts` and `lengths` are the tokens of each row's prompt, and of all of it; rows of one group have one prompt.
+    """
+    apart = len(lengths) * max(lengths)
+    rests = max(length - prompt for prompt, length in zip(prompts, lengths, strict=True)) + 1
+    return apart, len(set(groups)) * (max(prompts) - 1) + len(lengths) * rests
+
+
+def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: torch.Tensor) -> SharedPrompts | None:
+    """The rows with what several begin with once; None where that is not less to read.
+
+    `mask` [B, S-1]: what is wanted of them, in action coordinates: a row's prompt ends where its first action is taken.
+    """
+    starts = mask.int().argmax(1)
+    if not len(starts) or not bool((mask.any(1) & (starts > 0)).all()):
+        return None
+    firsts = starts.tolist()
+    widths = attention_mask.sum(1).tolist()
+    texts = [tuple(row[:start]) for row, start in zip(input_ids.tolist(), firsts, strict=True)]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    which = [numbers[text] for text in texts]
+    apart, together = shared_cost([start + 1 for start in firsts], widths, which)
+    # Keys and values are copied to every row, and short forwards are less efficient than long ones.
+    if together > 0.9 * apart:
+        return None
+    device = input_ids.device
+    rows = torch.tensor([which.index(number) for number in range(len(numbers))], device=device)
+    longest = max(firsts)
+    prompt_mask = (torch.arange(longest, device=device) < starts[rows, None]).to(attention_mask.dtype)
+    columns = starts[:, None] + torch.arange(max(w - f for w, f in zip(widths, firsts, strict=True)), device=device)
+    there = columns < attention_mask.sum(1, keepdim=True)
+    columns = torch.where(there, columns, 0)
+    return SharedPrompts(
+        input_ids[rows, :longest], prompt_mask, torch.tensor(which, device=device), input_ids.gather(1, columns),
+        there.to(attention_mask.dtype), columns,
+    )  # fmt: skip
+
+
+def reads_on(model: Any) -> bool:
+    """Whether a model can read behind keys and values and pass gradients back through them.
+
+    Where activations are computed again, none are kept; split weights (ZeRO-3) and other kinds of attention are not tried.
+    """
+    base = _base(model)
+    new = hasattr(base, "is_activation_checkpointing")  # from transformers 5.24 on
+    checkpointing = base.is_activation_checkpointing if new else base.is_gradient_checkpointing
+    return (
+        not (checkpointing and base.training)
+        and base.config.get_text_config()._attn_implementation in ("sdpa", "eager")
+        and supports_prefix_cache(base)
+        and not any(hasattr(weight, "ds_id") for weight in base.parameters())
+    )
+
+
+def masked_logits(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    mask: torch.Tensor,
+    shared: SharedPrompts | None = None,
+) -> torch.Tensor:
+    """Logits [M, classes] at the M places of `mask` [B, S-1], row after row; computed in its columns alone where the model can.
+
+    With `shared`, `share_prompts` of the same arguments, prompts are read once if the model reads on.
+    """
+    if shared is not None and reads_on(model):
+        whole = torch.nn.functional.pad(mask, (0, 1))  # no action is taken at the last token
+        inputs, mask = shared.inputs(model), whole.gather(1, shared.columns) & shared.rest_mask.bool()
+    else:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+    columns = mask.any(0).nonzero().squeeze(-1)
+    if not len(columns):  # a model must run in every process, whatever is trained in its share
+        columns = columns.new_zeros(1)
+    if takes_positions(model):
+        logits = model(**inputs, logits_to_keep=columns).logits
+    else:
+        logits = model(**inputs).logits[:, columns]
+    return logits[mask[:, columns]]
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 # --- two continuations of one prefix in one row -------------------------------------------------------------------------

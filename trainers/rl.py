@@ -88,7 +88,8 @@ class PolicyTrainer(StepladderTrainer):
         rewards = self.reward(rollouts)
         batch = layout(rollouts, rewards, self.tokenizer.pad_token_id)
         batch = {name: value.to(args.device) for name, value in batch.items()}
-        pieces = micro_batches(batch["width"].tolist(), args)
+        prompts = [len(rollout.prompt_ids) for rollout in rollouts]
+        pieces = micro_batches(batch["width"].tolist(), args, prompts)
         self.look(batch, [rows for mini in pieces for rows in mini])
         add_advantages(batch, args, self.total)
         self.watch(number, rollouts, rewards, batch)

@@ -13,6 +13,7 @@ import torch
 from ..basics import fold_seed
 from . import rewards as earned
 from . import rl_math
+from .forward import shared_cost
 
 
 def problems_of(rollout: int, count: int, of: int, seed: int) -> list[int]:
@@ -89,16 +90,35 @@ def add_advantages(batch: dict[str, torch.Tensor], args: Any, total: Any = lambd
     batch["advantages"] = advantages
 
 
-def micro_batches(widths: Sequence[int], args: Any) -> list[list[list[int]]]:
-    """Rows [mini-batch][micro-batch][row]: consecutive shares of the responses, within each like lengths together."""
-    found = []
+def micro_batches(widths: Sequence[int], args: Any, prompts: Sequence[int] = ()) -> list[list[list[int]]]:
+    """Rows [mini-batch][micro-batch][row]: consecutive shares of the responses, within each like lengths together.
+
+    Consecutive `args.samples` rows answer one prompt. With the tokens of each row's prompt, `prompts`, responses to one prompt stay
+    together wherever that leaves less to read, for a prompt is then read once (`forward.share_prompts`).
+    """
+    size, found = args.per_device_train_batch_size, []
     for start in range(0, len(widths), args.share):
-        rows = list(range(start, start + args.share))
+        rows = range(start, start + args.share)
+        orders = [list(rows)]
         if args.like_lengths:
-            rows.sort(key=lambda row: (widths[row], row))
-        size = args.per_device_train_batch_size
-        found.append([rows[i : i + size] for i in range(0, len(rows), size)])
+            orders = [sorted(rows, key=lambda row: (widths[row], row))]
+            if prompts:
+                groups = [rows[i : i + args.samples] for i in range(0, len(rows), args.samples)]
+                groups.sort(key=lambda group: (max(widths[row] for row in group), group[0]))
+                orders.append([row for group in groups for row in group])
+        cuts = [[order[i : i + size] for i in range(0, len(order), size)] for order in orders]
+        found.append(
+            min(cuts, key=lambda pieces: sum(_to_read(rows, widths, args.samples, prompts) for rows in pieces))
+        )
     return found
+
+
+def _to_read(rows: Sequence[int], widths: Sequence[int], samples: int, prompts: Sequence[int]) -> int:
+    """Tokens of a micro-batch, padding included."""
+    lengths = [widths[row] for row in rows]
+    if not prompts:
+        return len(rows) * max(lengths)
+    return min(shared_cost([prompts[row] for row in rows], lengths, [row // samples for row in rows]))
 
 
 def cut(batch: dict[str, torch.Tensor], rows: Sequence[int]) -> dict[str, torch.Tensor]:

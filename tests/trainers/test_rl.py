@@ -108,7 +108,9 @@ def test_a_value_is_of_the_state_before_its_action(tiny_policy: Any, tiny_scorer
 def test_logits_are_computed_at_responses_alone_and_nothing_changes(
     tiny_policy: Any, tiny_scorer: Any, lab_words: Any, monkeypatch: pytest.MonkeyPatch, picks: bool
 ) -> None:
-    monkeypatch.setattr("stepladder.trainers.actor_critic.takes_positions", lambda model: picks)
+    monkeypatch.setattr(
+        "stepladder.trainers.forward.takes_positions", lambda model: picks and hasattr(model, "lm_head")
+    )
     model = ActorCritic(tiny_policy(lab_words), tiny_scorer(lab_words), tiny_policy(lab_words, seed=1)).double()
     ids = torch.randint(3, 20, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(3, 8, dtype=torch.bool)
@@ -124,15 +126,94 @@ def test_logits_are_computed_at_responses_alone_and_nothing_changes(
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
         model.zero_grad()
     assert shapes == [8 if picks else 9, 5 if picks else 9]
-    for name in ("logp", "entropy", "ref_logp"):
+    for name in ("logp", "entropy", "ref_logp", "values"):
         torch.testing.assert_close(found[1][name], torch.where(mask, found[0][name], 0.0))
-    torch.testing.assert_close(found[0]["values"], found[1]["values"])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert "entropy" not in model(ids, torch.ones_like(ids), mask=mask, entropy=False)
     nothing = model(ids, torch.ones_like(ids), mask=torch.zeros_like(mask))  # a share without a response
     nothing["logp"].sum().backward()
     assert not nothing["logp"].any()
+
+
+def grouped(prompts: list[list[int]], responses: list[tuple[int, list[int]]]) -> tuple[torch.Tensor, ...]:
+    """(ids, attention mask, mask) of responses (prompt, ids), padded on the right."""
+    rows = [prompts[number] + ids for number, ids in responses]
+    width = max(map(len, rows))
+    ids, attention = torch.zeros(2, len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
+    for row, ((number, _), text) in enumerate(zip(responses, rows, strict=True)):
+        ids[row, : len(text)], attention[row, : len(text)] = torch.tensor(text), 1
+        mask[row, len(prompts[number]) - 1 : len(text) - 1] = True
+    return ids, attention, mask
+
+
+def test_a_prompt_of_several_responses_is_read_once_and_nothing_changes(
+    tiny_policy: Any, tiny_scorer: Any, lab_words: Any
+) -> None:
+    model = ActorCritic(tiny_policy(lab_words), tiny_scorer(lab_words), tiny_policy(lab_words, seed=1)).double()
+    prompts = [[3, 4, 5, 6, 7, 8, 9, 10], [11, 12, 5, 6, 7]]
+    answers = [(0, [4, 5, 6, 2]), (0, [7, 2]), (1, [9, 8, 7, 6, 2]), (0, [4, 5, 6, 7, 8, 2]), (1, [5, 2])]
+    ids, attention, mask = grouped(prompts, answers)
+    mask[3, 9] = False  # what is not wanted of a response is 0 as well
+    weights = torch.randn(mask.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    read: list[tuple[int, ...]] = []
+    for part in (model.policy, model.critic, model.reference):
+        part.get_input_embeddings().register_forward_hook(lambda _m, given, _o: read.append(tuple(given[0].shape)))
+    found, gradients, tokens = [], [], []
+    for share in (False, True):
+        model.share_prompts = share
+        read.clear()
+        out = model(ids, attention, 0.7, reference=True, mask=mask)
+        sum((weights * out[name]).sum() for name in ("logp", "entropy", "values")).backward()
+        found.append(out)
+        tokens.append(list(read))
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert tokens == [
+        [(5, 14)] * 3,
+        [(2, 7), (5, 7)] * 3,
+    ]  # prompts without their last token, which the responses begin with
+    assert all((out["logp"] != 0).equal(mask) and (out["values"] != 0).equal(mask) for out in found)
+    for name in ("logp", "entropy", "ref_logp", "values"):
+        torch.testing.assert_close(
+            found[1][name], found[0][name], rtol=1e-6, atol=1e-6
+        )  # norms are in single precision
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_are_shared_only_where_that_is_less_and_the_model_can(
+    tiny_policy: Any, lab_words: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ActorCritic(tiny_policy(lab_words))
+    read: list[tuple[int, ...]] = []
+    model.policy.get_input_embeddings().register_forward_hook(lambda _m, given, _o: read.append(tuple(given[0].shape)))
+    twice = grouped([[3, 4, 5, 6, 7, 8]], [(0, [4, 2]), (0, [5, 2])])
+
+    def shapes(ids: torch.Tensor, attention: torch.Tensor, mask: torch.Tensor) -> list[tuple[int, ...]]:
+        read.clear()
+        model(ids, attention, mask=mask)
+        return list(read)
+
+    assert shapes(*twice) == [(1, 5), (2, 3)]
+    assert shapes(*grouped([[3, 4], [5, 6]], [(0, [4, 2]), (1, [5, 2])])) == [(2, 4)]  # nothing is shared
+    assert shapes(*grouped([[3]], [(0, [4, 2]), (0, [5, 2])])) == [(2, 3)]  # nothing is left to share
+    assert shapes(*twice[:2], torch.zeros_like(twice[2])) == [(2, 8)]
+    model.policy.train()
+    model.gradient_checkpointing_enable()
+    assert shapes(*twice)[0] == (2, 8)  # a model that computes activations again keeps no keys and values
+
+
+def test_micro_batches_keep_a_problem_together_where_that_is_less_to_read() -> None:
+    args = SimpleNamespace(share=8, like_lengths=True, per_device_train_batch_size=4, samples=4)
+    # Long prompts, like responses: reading 2 x (4 x 4 + 29) tokens beats 4 x 33 + 4 x 35.
+    widths = [33, 35, 33, 35, 33, 35, 33, 35]
+    assert rl_batches.micro_batches(widths, args) == [[[0, 2, 4, 6], [1, 3, 5, 7]]]
+    assert rl_batches.micro_batches(widths, args, [30] * 8) == [[[0, 1, 2, 3], [4, 5, 6, 7]]]
+    # Short prompts, unlike responses.
+    widths = [5, 60, 5, 60, 5, 60, 5, 60]
+    assert rl_batches.micro_batches(widths, args, [4] * 8) == [[[0, 2, 4, 6], [1, 3, 5, 7]]]
 
 
 def test_problems_come_in_shuffled_passes_without_end() -> None:
@@ -209,7 +290,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def loss_sum(self: Any, model: Any, batch: dict[str, torch.Tensor]) -> Any:
         with torch.no_grad():
-            out = model(batch["input_ids"], batch["attention_mask"], self.args.temperature)
+            out = model(batch["input_ids"], batch["attention_mask"], self.args.temperature, mask=batch["response"])
         seen.append({**batch, **{f"new_{name}": value for name, value in out.items()}, "training": model.training})
         return original(self, model, batch)
 
