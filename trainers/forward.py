@@ -79,7 +79,8 @@ class SharedPrompts:
         model(
             input_ids=self.prompts, attention_mask=self.prompt_mask, use_cache=True, **{keyword: caches[0]}, **skip
         )  # fmt: skip
-        for number, layer in enumerate(caches[0].layers):
+        layers: Any = caches[0].layers
+        for number, layer in enumerate(layers):
             caches[1].update(layer.keys[self.which], layer.values[self.which], number)
         return {
             "input_ids": self.rest,
