@@ -42,11 +42,7 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
     from stepladder.config import build
     from stepladder.data_gen.importers import prm800k
     from stepladder.models.loading import load_model, load_tokenizer
-<<<<<<< HEAD
     from stepladder.trainers.examples import Examples
-=======
-    from stepladder.trainers.common import Examples, ReadsForward
->>>>>>> refs/heads/benchtrain
     from stepladder.trainers.prm import PRMArguments, prm_example
     from stepladder.trainers.reward import RewardTrainer, collate, reward_format
 

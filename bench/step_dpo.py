@@ -2,18 +2,6 @@
 
     python bench/step_dpo.py --policy FOLDER --file phase1_train_step_pairs.jsonl.gz [--pairs 32] [--precision bf16|no]
 
-<<<<<<< HEAD
-Every optimiser step holds all pairs, so that both arms see the same rows whatever their order: their losses, in
-`same`, must agree (to 1e-4 with --precision no). Ours shares prefixes, groups lengths, reads references once and
-logits at answers alone.
-
-Rows with both sides behind a prefix are padded in three parts. The tokens that are read for the 8, 16 and 32 pairs of
-the rows of this table, forked, in batches of 8 of like lengths: 4472, 8200 and 23408, of which 2486, 5251 and 16315
-are real. One could sort by the length of prefixes, or take smaller batches; but with 4 rows a batch it is still 3264,
-6840 and 19800. So a batch is cut into several forwards on a CPU (`forward.in_pieces`), which reads 2510 tokens for
-the first, and logits at 433 to 440 places instead of 1000. Not tried: packing pairs into one row, whose mask would
-have all pairs of tokens.
-=======
 Every optimiser step holds all pairs, so that both arms see the same rows whatever their order: their losses, in `same`, must agree
 (to 1e-4 with --precision no). Ours shares prefixes, groups lengths, reads references once and logits at answers alone.
 
@@ -21,7 +9,6 @@ Rows with both sides behind a prefix are padded in three parts. In batches of 8 
 32 (1024) are 4472, 8200 and 23408 tokens, of which 2486, 5251 and 16315 are real. Smaller batches alone do not mend that: with 4
 rows they are still 3264, 6840 and 19800. So on a CPU a batch is read in several forwards (`forward.in_pieces`): 2510 tokens for the first.
 Not tried: packing pairs into one row, whose mask would hold all pairs of their tokens.
->>>>>>> refs/heads/benchtrain
 """
 
 from __future__ import annotations
