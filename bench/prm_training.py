@@ -79,7 +79,6 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
             data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         )
         trainer.positive_class = step_format.positive_class
-        trainer.add_callback(ReadsForward(trainer))
     else:
         if step_format.positive_class != 1:
             raise SystemExit("the baseline's labels are classes: the positive class must be 1")
