@@ -19,7 +19,7 @@ from ..basics import UserError, canonical_json, fold_seed
 from ..models.corrections import StepVerdict, Wording, fill, read_critique, strip_leaks, write_critique
 from ..models.engine import Engine, Request, Sample, Sampling, StopReason
 from ..models.step_format import StepFormat
-from ..tasks.base import Problem, StepChecker, StepPlanter, Subtracts, Task, first_error
+from ..tasks.base import HasReference, Problem, StepChecker, StepPlanter, Subtracts, Task, first_error
 from ..tasks.chain import ERRORS
 from .rows import Dialogue, Message, Solution, Source
 from .store import UnitResult
@@ -86,6 +86,16 @@ def natural_drafts(
             problems[row.problem_id], row.steps, row.right, "RG1", row.sample, row.source.policy
         )))  # fmt: skip
     return drafts
+
+
+def reference_drafts(task: Task, problems: Sequence[Problem]) -> list[Draft]:
+    """The task's right solutions as drafts, where it has them: right ones are rare among samples of a weak policy."""
+    found = []
+    for problem in problems:
+        steps = task.reference_steps(problem) if isinstance(task, HasReference) else None
+        if steps:
+            found.append(_checked(task, Draft(problem, tuple(steps), True, "reference", 0, "planted")))
+    return found
 
 
 def drafts_of_dialogues(rows: Sequence[Dialogue]) -> list[Draft]:
@@ -484,7 +494,7 @@ def repairs(
                 result.dropped["drafts whose first error has no right step in its place"] += 1
                 continue
             fixed = [*steps[:error], expected]
-            if not task.verify(problems[row.problem_id], expected).answer:
+            if task.expected_step(problems[row.problem_id], fixed) is not None:  # a step that ends nothing
                 ids = step_format.encode(engine.tokenizer, meta["prompt"], fixed).ids
                 requests.append(Request(ids, tuple(fold_seed(seed, meta["id"], "repair", k) for k in range(samples))))
                 places.append(len(kept))

@@ -48,8 +48,10 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
     exact = config.writer == "checker" or (not config.writer and isinstance(task, StepPlanter))
     if exact and not isinstance(task, StepPlanter):
         raise UserError(f"task {task.name} cannot check steps and plant errors: set writer: policy, and give a policy")
-    if not config.solutions and not config.rg2 and not config.rg3:
-        raise UserError("nothing to criticise: give solutions or drafts, or rg2 or rg3 of 1 or more")
+    if config.references and not isinstance(task, HasReference):
+        raise UserError(f"task {task.name} has no reference solutions: leave out references")
+    if not (config.solutions or config.rg2 or config.rg3 or config.references):
+        raise UserError("nothing to criticise: give solutions or drafts, rg2 or rg3 of 1 or more, or references: true")
     if config.corrupt and not exact:
         raise UserError("corrupt is about the checker's critiques")
     wording = config.words()
@@ -68,6 +70,8 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
         drafts, dropped, by_id = [], Counter[str](), {p.id: p for p in unit}
         samples = [row for p in unit for row in rows.get(p.id, [])]
         drafts += critiques_.natural_drafts(samples, task, by_id, wrong=config.wrong, right=config.right)
+        if config.references:
+            drafts += critiques_.reference_drafts(task, unit)
         before = None
         for origin, count in (("RG2", config.rg2), ("RG3", config.rg3)):
             if not count:
@@ -111,9 +115,9 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
 
 def _criticise_drafts(config: options.Critiques, out: Path) -> bool:
     """Critiques, by a policy, of the drafts of Dialogue rows."""
-    if config.solutions or config.rg2 or config.rg3 or config.writer == "checker":
+    if config.solutions or config.rg2 or config.rg3 or config.references or config.writer == "checker":
         raise UserError(
-            "drafts are criticised by a policy, and alone: leave out solutions, rg2, rg3 and writer: checker"
+            "drafts are criticised by a policy, and alone: leave out solutions, rg2, rg3, references and writer: checker"
         )
     task = load_task(config.task)
     drafts = first(critiques_.drafts_of_dialogues(read_rows(config.drafts, Dialogue)), config.limit)

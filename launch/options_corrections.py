@@ -66,6 +66,9 @@ class Critiques(Worded, WithPolicy):
     right: int = option(1, "right samples of each problem at most")
     rg2: int = option(0, "drafts of each problem with an error planted at a told step")
     rg3: int = option(0, "drafts of each problem with a told kind of error planted at a told step")
+    references: bool = option(
+        False, "the task's right solution of each problem is a draft too, where samples of the policy are seldom right"
+    )
     more_errors: float = option(
         0.0,
         "probability with which each step behind a planted error slips too: as many wrong steps as right ones teach most",

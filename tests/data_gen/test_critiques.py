@@ -20,6 +20,7 @@ from stepladder.data_gen.critiques import (
     meta_of,
     natural_drafts,
     planted_drafts,
+    reference_drafts,
     refinements,
     repairs,
     shortcut,
@@ -29,11 +30,13 @@ from stepladder.data_gen.critiques import (
 from stepladder.data_gen.rows import Dialogue, Message, Source
 from stepladder.data_gen.solutions import sample_solutions
 from stepladder.models.corrections import Wording, read_critique
-from stepladder.models.engine import Sampling
+from stepladder.models.engine import Sample, Sampling, StopReason
 from stepladder.models.lab import CORRECTION_WORDS, lab_tokenizer
+from stepladder.models.ledger import Ledger
 from stepladder.models.step_format import StepFormat
 from stepladder.tasks.base import Outcome, Problem, Verdict, first_error
 from stepladder.tasks.chain import ERRORS, ChainArith
+from stepladder.tasks.load import load_task
 
 TASK = ChainArith(p=7, min_steps=3, max_steps=5, sizes={"train": 30, "dev": 1, "test": 1})
 LAB = Wording.named("lab")
@@ -92,6 +95,13 @@ def test_steps_behind_a_planted_error_slip_as_often_as_asked(problems):
             wrong, behind = wrong + lines.count(False), behind + len(lines)
     assert abs(wrong / behind - 0.5) < 4 * (0.25 / behind) ** 0.5
     assert behind > 200
+
+
+def test_references_are_right_drafts(problems):
+    drafts = reference_drafts(TASK, list(problems.values()))
+    assert [d.problem.id for d in drafts] == list(problems)
+    assert all(d.right and d.known and d.first_error is None and d.origin == "reference" for d in drafts)
+    assert {meta_of(row)["wrong"] for row in exact_critiques(TASK, drafts, LAB, seed=0).rows} == {False}
 
 
 def test_natural_drafts_are_distinct_and_known_by_the_checker(problems, erring_engine):
@@ -344,6 +354,37 @@ def test_repairs_put_the_expected_step_at_the_first_error(problems, criticised, 
         assert steps[:error] == meta["draft"][:error]
         assert steps == TASK.reference_steps(problems[row.problem_id])  # this engine does not err
         assert meta["correct"] == [error is None, True]
+
+
+def test_a_repair_in_words_goes_on_to_its_answer_though_its_line_holds_a_number(tmp_path, merging_tokenizer):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(json.dumps({"question": "17 less 9?", "answer": 8, "equation": "17 - 9"}) + "\n")
+    config = {
+        "kind": "text",
+        "path": str(file),
+        "equation_field": "equation",
+        "splits": {"train": 1.0},
+        "checked": True,
+    }
+    task = load_task(config)
+    [problem] = task.problems("train")
+
+    class Ends:
+        ledger, name, tokenizer = Ledger(), "ends", merging_tokenizer
+
+        def generate(self, requests, sampling):
+            ids = tuple(merging_tokenizer("The answer is 8")["input_ids"])
+            return [[Sample(ids, (0.0,) * len(ids), StopReason.EOS)] * len(r.seeds) for r in requests]
+
+    text = Wording.named("text")
+    slips = planted_drafts(task, problem, origin="RG2", count=2, seed=0)
+    rows = exact_critiques(task, slips, text, seed=0).rows
+    step_format = StepFormat.for_policy(merging_tokenizer, "\n")
+    how = {"samples": 1, "sampling": Sampling(20), "seed": 0, "policy": "p"}
+    made = repairs(Ends(), task, step_format, rows, {problem.id: problem}, text, **how).rows
+    assert {d.first_error for d in slips} == {0, 1}
+    assert [row.messages[-1].content for row in made] == ["17 - 9 = 8\nThe answer is 8"] * 2
+    assert all(meta_of(row)["correct"] == [False, True] for row in made)
 
 
 def told(
