@@ -303,7 +303,8 @@ class Handler(BaseHTTPRequestHandler):
         own = solver.ways
         budget = own.budget if chat.budget is None else chat.budget
         if budget > config.max_budget:
-            raise Refused(400, f"budget must be {config.max_budget} or less, found {budget}.", param="budget")
+            told = f"budget must be {config.max_budget} or less, found {budget}."
+            raise Refused(400, told, param="budget", code="invalid_value")
         if budget != own.budget:
             try:
                 config.settings_for(budget)

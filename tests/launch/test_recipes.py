@@ -117,6 +117,34 @@ def test_smollm2_word_problems_scaled_down(chat_model: Path, tmp_path: Path, cap
     capsys.readouterr()
     main(command)
     assert capsys.readouterr().out.count("already there, inputs unchanged") == 18
+    compare_searches_of(run, tmp_path)
+
+
+def compare_searches_of(run: Path, folder: Path) -> None:
+    """The recipe that compares searches, on the policy and the reward model that a run of the one above left."""
+    out = folder / "compare"
+    main([
+        "run", str(next(path for path in RECIPES if path.stem == "smollm2_search_compare")), "--out", str(out),
+        f"compare.policy={run / 'policy'}", f"compare.reward={run / 'prm'}", f"defaults.task.folder={folder}",
+        "defaults.dtype=float32", "compare.reward_dtype=float32", "compare.limit=4", "compare.unit_problems=4",
+        "compare.budgets=[2, 4]", "defaults.max_new_tokens=24", "compare.levels=2",
+    ])  # fmt: skip
+    found = {(r["arm"], r["metric"]): r for r in read_json(out / "compare" / "results.json")}
+    arms = ("best_of_n", "step_best_of_n", "beam", "dvts", "particles", "rebase")
+    for arm in arms:
+        for budget in (2, 4):
+            one = found[f"weighted/{arm}@{budget}", "accuracy"]
+            assert one["n"] == 4
+            assert one["ci"][0] <= one["value"] <= one["ci"][1]
+            assert one["flops"] > 0
+            for cost in ("flops", "tokens"):
+                assert (f"weighted/{arm}~{budget}", f"accuracy_at_equal_{cost}") in found
+    assert found["best/greedy@1", "accuracy"]["tokens"] < found["best/best_of_n@4", "accuracy"]["tokens"]
+    # The problems are the first of those that the other recipe tests on: held out from what both models learnt from.
+    import pyarrow.parquet as parquet
+
+    ids = lambda path: set(parquet.read_table(path / "rows.parquet").column("problem_id").to_pylist())
+    assert ids(out / "compare" / "beam@4") < ids(run / "policy_beam")
 
 
 def test_smollm2_self_improve_scaled_down(chat_model: Path, tmp_path: Path, capsys: Any) -> None:

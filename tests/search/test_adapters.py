@@ -315,6 +315,43 @@ def test_the_cost_of_a_search_is_linear_in_its_steps(lab_words, markov_policy, t
         assert saved[2] < plain[2] / 4
 
 
+@pytest.mark.parametrize("limit", [6, 10])
+@pytest.mark.parametrize("name", [*SEARCHES, "beam, lookahead", "revisions"])
+def test_the_tokens_of_a_solution_end_after_or_within_its_second_line(lab_model, tiny_scorer, name, limit):
+    """No solution ends by itself: all that is found is cut there, scored, and paid for to the token; one of it is chosen."""
+    task = ChainArith(p=7, min_steps=4, max_steps=6, sizes={"test": 2})
+    words = lab_model.tokenizer
+    step_format = StepFormat.for_policy(words, "\n")
+    engine = TransformersEngine(lab_model.model, words, cache=PrefixCache())
+    reward = RewardModel(tiny_scorer(words), words, step_format.for_reward("scalar", "hard"), cache=PrefixCache())
+    more = {"beam, lookahead": (beam_search, {"beams": 4, "width": 2, "lookahead": 2})}
+    if name == "revisions":
+        problem_again = {"template": "{prompt}{attempts}", "attempt_template": "{attempt} \n "}
+        policy: StepPolicy = RevisionPolicy(engine, step_format, "\n", Sampling(limit), **problem_again)
+        more["revisions"] = (revisions, {"n": 4, "chains": 2, "shown": 1})
+    else:
+        policy = StepPolicy(engine, step_format, "\n", Sampling(limit))
+    strategy, settings = {**SEARCHES, **more}[name]
+    roots = [policy.root(problem) for problem in task.problems("test")]
+    results = strategy(roots, policy, RewardScorer(reward, "last"), **settings)
+    for root, result in zip(roots, results, strict=True):
+        assert result.finals
+        assert result.chosen is not None
+        assert all(state.cut and len(state.ids) - state.prompt_length == limit for state in result.finals)
+        assert all(0 < score < 1 for score in result.scores)
+        assert all(len(state.steps) == (1 if limit == 6 else 2) for state in result.finals)
+        if exactly := settings.get("n", settings.get("beams")):
+            at_most = name in ("step_best_of_n", "step_beam", "tot_bfs")
+            assert len(result.finals) <= exactly if at_most else len(result.finals) == exactly
+        assert result.nodes[0].tokens == 0
+        spent = sum(node.tokens for node in result.nodes)
+        assert result.tokens >= spent if "lookahead" in name else result.tokens == spent
+        assert root.prompt_length + limit == len(result.finals[0].ids) or name == "revisions"
+    # To keep batches full an engine may sample beyond the room of a solution that was half through: the ledger has that too.
+    found, sampled = sum(result.tokens for result in results), engine.ledger.generated_tokens
+    assert sampled == found if limit == 6 else found <= sampled < 2 * found
+
+
 # --- effective reward and revisions ------------------------------------------------------------------------------------
 
 
