@@ -179,7 +179,9 @@ class DPOTrainer(StepladderTrainer):
     def _in_pieces(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """The same from several forwards. Rows are padded in each of their three parts, to twice their length and more; and on a
         CPU a forward of few rows takes no longer a token than one of many, unless the model is small."""
-        pieces = in_pieces(batch, FORWARD_TOKENS + FORWARD_WORK / self.model.config.get_text_config().hidden_size ** 2)
+        unwrapped: Any = self.model
+        width = unwrapped.config.get_text_config().hidden_size
+        pieces = in_pieces(batch, FORWARD_TOKENS + FORWARD_WORK / width**2)
         parts = [fork_logprobs(model, piece, pick=self.pick) for _, piece in pieces]
         back = torch.tensor([row for rows, _ in pieces for row in rows]).argsort()
         found, tokens = (torch.cat(of_all)[back] for of_all in zip(*parts, strict=True))
