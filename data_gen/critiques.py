@@ -208,7 +208,13 @@ def written_drafts(
 
 
 def exact_critique(
-    task: StepPlanter, draft: Draft, *, stop_at_error: bool = False, reason_first: bool = False, results: bool = True
+    task: StepPlanter,
+    draft: Draft,
+    *,
+    stop_at_error: bool = False,
+    reason_first: bool = False,
+    results: bool = True,
+    final: bool = True,
 ) -> str:
     """The critique by the task's checker: a step is wrong if it does not hold given what stands before it.
 
@@ -216,7 +222,8 @@ def exact_critique(
     With `stop_at_error` steps behind the first error are left out. With `reason_first` every step is explained by the step that
     should stand there, before its verdict, and by how much the result is off, where the task can subtract: a critic that learns
     this judges by comparing, and a difference that is not 0 is easier to see than two numbers that are not equal. Without `results`
-    the step that should stand there ends before its equals sign: where a solution is one line, its result is the answer.
+    the step that should stand there ends before its equals sign: where a solution is one line, its result is the answer. Without
+    `final` there is no verdict on the answer, which then follows from the steps.
     """
     verdicts: list[StepVerdict] = []
     checks = task.check_steps(draft.problem, draft.steps)
@@ -233,7 +240,7 @@ def exact_critique(
         verdicts.append(StepVerdict(step, check.local_ok, why))
         if stop_at_error and not check.local_ok:
             break
-    return write_critique(verdicts, draft.right, reason_first=reason_first)
+    return write_critique(verdicts, draft.right if final else None, reason_first=reason_first)
 
 
 def _expected(step: str | None, results: bool) -> str:
@@ -247,7 +254,15 @@ def _off(task: StepPlanter, step: str, expected: str) -> str:
     return f" error {line}" if line else ""
 
 
-def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool = False, results: bool = True) -> str:
+def corrupted(
+    task: StepPlanter,
+    draft: Draft,
+    seed: int,
+    *,
+    reason_first: bool = False,
+    results: bool = True,
+    final: bool = True,
+) -> str:
     """An exact critique with a wrong finding: another step is called wrong, or the right one is with a wrong correction.
 
     It stops there. Of a draft without an error some step is called wrong.
@@ -267,7 +282,7 @@ def corrupted(task: StepPlanter, draft: Draft, seed: int, *, reason_first: bool 
     wrong = task.planted(draft.problem, min(place, len(draft.steps) - 1), "slip", seed >> 16)
     fix = wrong[place] if place < len(wrong) else wrong[-1]
     verdicts.append(StepVerdict(draft.steps[place], False, told(draft.steps[place], fix)))
-    return write_critique(verdicts, False, reason_first=reason_first)
+    return write_critique(verdicts, False if final else None, reason_first=reason_first)
 
 
 def critique_rows(
@@ -327,17 +342,19 @@ def exact_critiques(
     stop_at_error: bool = False,
     reason_first: bool = False,
     results: bool = True,
+    final: bool = True,
     strip: bool = True,
 ) -> UnitResult[Dialogue]:
     """Rows with exact critiques, of which a share `corrupt`, drawn with the seed, is corrupted (and says so in its `mark`)."""
     texts, marks = [], []
+    how: Any = {"reason_first": reason_first, "results": results, "final": final}
     for draft in drafts:
         draw = fold_seed(seed, "corrupt", draft.key)
         bad = (draw >> 10) / 2**53 < corrupt
         if bad:
-            text = corrupted(task, draft, fold_seed(draw, "how"), reason_first=reason_first, results=results)
+            text = corrupted(task, draft, fold_seed(draw, "how"), **how)
         else:
-            text = exact_critique(task, draft, stop_at_error=stop_at_error, reason_first=reason_first, results=results)
+            text = exact_critique(task, draft, stop_at_error=stop_at_error, **how)
         texts.append([text])
         marks.append("corrupted" if bad else "exact")
     source = Source("checker", "none", task.name, seed)

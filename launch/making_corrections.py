@@ -93,7 +93,7 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
         if exact and isinstance(task, StepPlanter):
             result = critiques_.exact_critiques(
                 task, drafts, wording, seed=config.seed, corrupt=config.corrupt, stop_at_error=config.stop_at_error,
-                reason_first=config.reason_first, results=config.results, strip=config.strip,
+                reason_first=config.reason_first, results=config.results, final=config.final, strip=config.strip,
             )  # fmt: skip
         else:
             engine, step_format = policy()

@@ -84,6 +84,7 @@ class Critiques(Worded, WithPolicy):
         True,
         "what the checker expects is told with its result; false ends before the equals sign, which gives no answer away",
     )
+    final: bool = option(True, "the checker's critiques end with a verdict on the answer; false leaves it to the steps")
     corrupt: float = option(0.0, "share of the checker's critiques with a wrong finding, to put a filter to the test")
     strip: bool = option(True, "cut sentences that give the reference answer away")
     keep_unreadable: bool = option(

@@ -163,14 +163,19 @@ class Reading:
         return self.steps.index(False) if False in self.steps else None
 
 
-def write_critique(verdicts: Sequence[StepVerdict], answer_right: bool, *, reason_first: bool = False) -> str:
-    """The text of a critique; with `reason_first` each explanation stands before its verdict, which then follows from it."""
+def write_critique(verdicts: Sequence[StepVerdict], answer_right: bool | None, *, reason_first: bool = False) -> str:
+    """The text of a critique; with `reason_first` each explanation stands before its verdict, which then follows from it.
+
+    Without a verdict on the answer (None) it is left to the steps, as `Reading.wrong` has it.
+    """
     lines = []
     for one in verdicts:
         verdict = f"Verdict: {'Correct' if one.right else 'Wrong'}"
         why = [f"Explanation: {one.explanation}"] * bool(one.explanation)
         lines += [f"Step: {' '.join(one.step.split())}", *([*why, verdict] if reason_first else [verdict, *why])]
-    return "\n".join([*lines, f"Final answer verdict: {'Correct' if answer_right else 'Wrong'}"])
+    if answer_right is not None:
+        lines.append(f"Final answer verdict: {'Correct' if answer_right else 'Wrong'}")
+    return "\n".join(lines)
 
 
 _VERDICT = re.compile(

@@ -150,6 +150,10 @@ def test_the_exact_critique_names_the_step_what_was_expected_and_what_only_inher
     assert [line for line in bare.split("\n") if "expected" in line] == [
         "Explanation: expected 3 + 5", "Explanation: expected 1 * 2"
     ]  # fmt: skip
+    open_end = exact_critique(TASK, flawed(), final=False)
+    assert open_end + "\nFinal answer verdict: Wrong" == text
+    assert read_critique(open_end).wrong
+    assert "Final" not in corrupted(TASK, flawed(), 7, final=False)
     # An answer line has no equals sign: without results nothing is said of it.
     late = Draft(flawed().problem, ("3 + 5 = 1", "1 * 2 = 2", "2 - 1 = 1", "Answer: 3"), False, "RG1", 0, "p", 3, True)
     assert exact_critique(TASK, late, results=False).endswith("Verdict: Wrong\nFinal answer verdict: Wrong")
