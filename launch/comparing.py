@@ -147,9 +147,9 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
         unguided = config.arms[name].strategy in UNGUIDED
         folder = _folder(out, name, largest)
         runs[name, budget] = measure(name, budget, largest, pools[name, largest], ids, folder, unguided, config.seed)
-    reference = config.reference or next(
-        (n for n, arm in config.arms.items() if arm.strategy == "best_of_n"), next(iter(config.arms))
-    )
+    # Independent samples: what others are measured by, and what tells how hard a problem is. Greedy decoding is none.
+    pool = next((n for n, arm in config.arms.items() if arm.strategy == "best_of_n" and arm.temperature != 0), None)
+    reference = config.reference or pool or next(iter(config.arms))
     records: list[dict[str, Any]] = []
     values: list[dict[str, Any]] = []
 
@@ -166,7 +166,6 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
         for rule in run.values:
             add(f"{rule}/{name}@{budget}", "accuracy", run.values[rule], run.ledgers[rule])
     matched: list[dict[str, Any]] = []
-    pool = next((n for n, arm in config.arms.items() if arm.strategy == "best_of_n"), None)
     easiness = _easiness(pools, pool, config) if pool is not None and config.levels else {}
     choices: dict[str, Any] = {}
     for budget in config.budgets_of(config.arms[reference]):

@@ -204,7 +204,8 @@ class Compare(Refining, Correcting, WithPolicy):
     )
     budgets: list[int] = option([1, 4, 16, 64], "what the budget setting of each strategy is set to")
     reference: str = option(
-        "", "the arm whose costs are the ones to meet; empty takes the first of best_of_n, or of all"
+        "",
+        "the arm whose costs are the ones to meet; empty takes the first best_of_n that samples, or the first of all",
     )
     slack: float = option(0.05, "at equal cost an arm may cost so much more than the reference, as a share")
     levels: int = option(5, "levels of difficulty, each with a choice of its own; 0 leaves that out")

@@ -326,7 +326,7 @@ def test_an_arm_may_have_a_temperature_of_its_own(done, prm, tmp_path):
     config = Compare(arms={"a": ComparedArm("beam"), "greedy": ComparedArm("best_of_n", temperature=0.0, budgets=[1])})
     assert {name: search.temperature for (name, _), search in config.searches().items()} == {"a": 1.0, "greedy": 0.0}
     greedy = {"strategy": "best_of_n", "temperature": 0, "budgets": [1]}
-    out = compare(tmp_path / "out", prm, arms={"best_of_n": {**ARMS["best_of_n"], "budgets": [4]}, "greedy": greedy})
+    out = compare(tmp_path / "out", prm, arms={"greedy": greedy, "best_of_n": {**ARMS["best_of_n"], "budgets": [4]}})
     main([
         "data", "solutions", "--out", str(tmp_path / "plain"), "--task", json.dumps(TASK), "--policy", POLICY, "--split", "test",
         "--samples", "1", "--temperature", "0", "--max_new_tokens", "64", "--device", "cpu",
