@@ -265,8 +265,8 @@ def compare_searches(config: options_search.Compare, out: Path) -> None:
     write_json(make_folder(out) / DETAILS, {"search": details})
     write_json(out / VALUES, values)
     drawn: dict[str, int] = {}
-    for name, arm in config.arms.items():
-        budgets = [budget for budget in config.budgets_of(arm) if not _from_pool(config, name, budget)]
+    for name, each in config.arms.items():
+        budgets = [budget for budget in config.budgets_of(each) if not _from_pool(config, name, budget)]
         drawn[name] = max((budget for budget in budgets if budget <= LEGIBLE), default=budgets[0])
     trees = {f"{name}@{budget}": read_searches(_folder(out, name, budget)) for name, budget in drawn.items()}
     write_comparison(out, records + by_level, details, f"Search on {task.name}", trees)
