@@ -8,7 +8,8 @@ Every optimiser step holds all pairs, so that both arms see the same rows whatev
 Rows with both sides behind a prefix are padded in three parts. In batches of 8 of like lengths, 8 pairs (up to 512 tokens), 16
 (768) and 32 (1024) are 4472, 8200 and 23408 tokens, of which 2486, 5251 and 16315 are real. Smaller batches alone do not mend
 that: with 4 rows they are still 3264, 6840 and 19800. So on a CPU a batch is read in several forwards (`forward.in_pieces`):
-2510 tokens for the first. Not tried: packing pairs into one row, whose mask would hold all pairs of their tokens.
+2510 tokens for the first, 24.1 processor seconds a forward and backward in float32 instead of 40.7. Not tried: packing pairs
+into one row, whose mask would hold all pairs of their tokens.
 """
 
 from __future__ import annotations
