@@ -500,7 +500,7 @@ def _one_step(model: Any, batch: dict[str, torch.Tensor], items: int, processes:
     """The loss of a process's share, after one step of gradient descent with the trainer's own loss and division."""
     stub = SimpleNamespace(
         args=SimpleNamespace(loss="bce", world_size=processes), positive_class=1, _extra={},
-        count_items=lambda b: b["target_mask"].sum(),
+        count_items=lambda b: b["target_mask"].sum(), padding_mask=lambda b: b["attention_mask"],
     )  # fmt: skip
     stub.loss_sum = lambda m, b: RewardTrainer.loss_sum(stub, m, b)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
