@@ -80,7 +80,7 @@ class SharedPrompts:
             input_ids=self.prompts, attention_mask=self.prompt_mask, use_cache=True, **{keyword: caches[0]}, **skip
         )  # fmt: skip
         for number, layer in enumerate(caches[0].layers):
-            caches[1].update(layer.keys[self.which], layer.values[self.which], number)
+            caches[1].update(layer.keys.index_select(0, self.which), layer.values.index_select(0, self.which), number)
         return {
             "input_ids": self.rest,
             "attention_mask": torch.cat([self.prompt_mask[self.which], self.rest_mask], 1),
