@@ -74,11 +74,9 @@ class SharedPrompts:
         from transformers import DynamicCache
 
         keyword = cache_keyword(_base(model))
-        caches = [DynamicCache(config=_base(model).config) for _ in range(2)]
+        caches: list[Any] = [DynamicCache(config=_base(model).config) for _ in range(2)]
         skip = {"logits_to_keep": 1} if takes_positions(model) else {}
-        model(
-            input_ids=self.prompts, attention_mask=self.prompt_mask, use_cache=True, **{keyword: caches[0]}, **skip
-        )  # fmt: skip
+        model(input_ids=self.prompts, attention_mask=self.prompt_mask, use_cache=True, **{keyword: caches[0]}, **skip)
         for number, layer in enumerate(caches[0].layers):
             caches[1].update(layer.keys.index_select(0, self.which), layer.values.index_select(0, self.which), number)
         return {
@@ -133,13 +131,14 @@ def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: t
 def reads_on(model: Any) -> bool:
     """Whether a model can read behind keys and values and pass gradients back through them.
 
-    Where activations are computed again, none are kept; split weights (ZeRO-3) and other kinds of attention are not tried.
+    Where activations are computed again no keys are kept in training; split weights (ZeRO-3) and other kinds of attention are
+    not tried.
     """
     base = _base(model)
     new = hasattr(base, "is_activation_checkpointing")  # from transformers 5.24 on
     checkpointing = base.is_activation_checkpointing if new else base.is_gradient_checkpointing
     return (
-        not (checkpointing and base.training)
+        not checkpointing
         and base.config.get_text_config()._attn_implementation in ("sdpa", "eager")
         and supports_prefix_cache(base)
         and not any(hasattr(weight, "ds_id") for weight in base.parameters())
