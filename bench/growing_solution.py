@@ -25,7 +25,7 @@ OPTIONS = {
     "dtype": "float32", "target": 4.0,
 }  # fmt: skip
 # Of SmolLM2-135M, but for the number of layers.
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {
     "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
     "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "pad_token_id": 0,
 }  # fmt: skip
@@ -58,13 +58,14 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
     from stepladder.search.beam import beam_search
 
     torch.manual_seed(0)
+    settings: dict[str, Any]
     if args.policy:
         settings = {"num_labels": 1, "classifier_dropout": 0.0}
         auto = AutoModelForTokenClassification
         model = load_model(auto, args.policy, dtype=args.dtype, settings=settings, new=("score",))
     else:
         settings = {**SMOLLM2, "num_hidden_layers": args.layers, "num_labels": 1, "classifier_dropout": 0.0}
-        config = LlamaConfig.from_dict(settings)
+        config = LlamaConfig(**settings)
         model = LlamaForTokenClassification(config).to(getattr(torch, args.dtype))
     tokenizer = lab_tokenizer(40_000)  # as many words: any id of the model's vocabulary
     step_format = StepFormat.for_policy(tokenizer, "\n").for_reward("scalar", "soft", "last")

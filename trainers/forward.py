@@ -74,14 +74,11 @@ class SharedPrompts:
         from transformers import DynamicCache
 
         keyword = cache_keyword(_base(model))
-        caches = [DynamicCache(config=_base(model).config) for _ in range(2)]
+        caches: list[Any] = [DynamicCache(config=_base(model).config) for _ in range(2)]
         skip = {"logits_to_keep": 1} if takes_positions(model) else {}
-        model(
-            input_ids=self.prompts, attention_mask=self.prompt_mask, use_cache=True, **{keyword: caches[0]}, **skip
-        )  # fmt: skip
-        layers: Any = caches[0].layers
-        for number, layer in enumerate(layers):
-            caches[1].update(layer.keys[self.which], layer.values[self.which], number)
+        model(input_ids=self.prompts, attention_mask=self.prompt_mask, use_cache=True, **{keyword: caches[0]}, **skip)
+        for number, layer in enumerate(caches[0].layers):
+            caches[1].update(layer.keys.index_select(0, self.which), layer.values.index_select(0, self.which), number)
         return {
             "input_ids": self.rest,
             "attention_mask": torch.cat([self.prompt_mask[self.which], self.rest_mask], 1),
@@ -134,13 +131,14 @@ def share_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor, mask: t
 def reads_on(model: Any) -> bool:
     """Whether a model can read behind keys and values and pass gradients back through them.
 
-    Where activations are computed again, none are kept; split weights (ZeRO-3) and other kinds of attention are not tried.
+    Where activations are computed again no keys are kept in training; split weights (ZeRO-3) and other kinds of attention are
+    not tried.
     """
     base = _base(model)
     new = hasattr(base, "is_activation_checkpointing")  # from transformers 5.24 on
     checkpointing = base.is_activation_checkpointing if new else base.is_gradient_checkpointing
     return (
-        not (checkpointing and base.training)
+        not checkpointing
         and base.config.get_text_config()._attn_implementation in ("sdpa", "eager")
         and supports_prefix_cache(base)
         and not any(hasattr(weight, "ds_id") for weight in base.parameters())
@@ -209,37 +207,6 @@ def fork(pairs: Sequence[tuple[Sequence[Sequence[int]], int]], pad_id: int) -> d
             if trained:
                 batch["labels"][row, place] = batch["input_ids"][row, place]
     return batch
-
-
-def in_pieces(batch: dict[str, torch.Tensor], overhead: float) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
-    """[(rows, their own batch)]: a forked batch cut where that leaves out more padding than `overhead` tokens a forward.
-
-    Rows are sorted by the length of their prefix, and of all cuts of that order into pieces the cheapest is taken.
-    """
-    branch, present = batch["branch"][0], batch["attention_mask"]
-    first, second = (branch < 1).sum(), (branch < 2).sum()  # where the sides begin
-    lengths = torch.stack([(present * (branch == side)).sum(1) for side in range(3)], 1)  # [B, 3]
-    order = sorted(range(len(lengths)), key=lambda row: tuple(lengths[row].tolist()))
-    best: list[tuple[float, int]] = [(0.0, 0)]  # of the first n rows: (cost, where their last piece begins)
-    for end in range(1, len(order) + 1):
-        widest, found = lengths.new_zeros(3), []
-        for begin in range(end - 1, -1, -1):
-            widest = torch.maximum(widest, lengths[order[begin]])
-            found.append((best[begin][0] + (end - begin) * int(widest.sum()) + overhead, begin))
-        best.append(min(found))
-    pieces, end = [], len(order)
-    while end:
-        begin = best[end][1]
-        rows = order[begin:end]
-        kept = present[rows].bool().any(0)
-        # One column of each part at least, as in `fork`: prefixes end where sides begin.
-        kept[torch.stack([first - 1, first, second])] = True
-        cut = {
-            name: value[rows][:, kept] if value.shape == present.shape else value[rows] for name, value in batch.items()
-        }
-        pieces.append((rows, cut))
-        end = begin
-    return pieces[::-1]
 
 
 def fork_mask(present: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:

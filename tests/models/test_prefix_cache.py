@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -100,3 +102,22 @@ def test_models_with_windows_are_not_cached(lab_words, tiny_policy):
         num_key_value_heads=2, sliding_window=8,
     )  # fmt: skip
     assert not supports_prefix_cache(MistralForCausalLM(config))
+
+
+@pytest.mark.parametrize("columns", [[1, 2, 3], [0, 1, 3]])
+def test_a_row_is_taken_with_and_without_a_gap(columns):
+    made = [torch.randn(2, 2, 4, 3, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    layers = [SimpleNamespace(keys=made[2 * i], values=made[2 * i + 1]) for i in range(2)]
+    found = row_of(SimpleNamespace(layers=layers), 1, torch.tensor(columns))
+    assert found.equal(torch.stack([one[1][:, columns] for one in made]))
+
+
+def test_padding_of_stacked_prefixes_is_zero():
+    """What is masked still takes part in products with zero."""
+    entries = [Entry(keys_values(2, 1.0)), None, Entry(keys_values(4, 2.0))]
+    stacked = stack_left_padded(entries)
+    assert stacked.shape == (4, 3, 2, 4, 3)
+    assert not stacked[:, 0, :, :2].any()
+    assert not stacked[:, 1].any()
+    assert (stacked[:, 0, :, 2:] == 1).all()
+    assert (stacked[:, 2] == 2).all()

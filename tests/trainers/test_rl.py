@@ -200,9 +200,10 @@ def test_prompts_are_shared_only_where_that_is_less_and_the_model_can(
     assert shapes(*grouped([[3, 4], [5, 6]], [(0, [4, 2]), (1, [5, 2])])) == [(2, 4)]  # nothing is shared
     assert shapes(*grouped([[3]], [(0, [4, 2]), (0, [5, 2])])) == [(2, 3)]  # nothing is left to share
     assert shapes(*twice[:2], torch.zeros_like(twice[2])) == [(2, 8)]
-    model.policy.train()
     model.gradient_checkpointing_enable()
-    assert shapes(*twice)[0] == (2, 8)  # a model that computes activations again keeps no keys and values
+    for training in (True, False):  # the same for the pass before the updates: the first ratio is 1
+        model.train(training)
+        assert shapes(*twice)[0] == (2, 8)  # a model that computes activations again keeps no keys and values
 
 
 def test_micro_batches_keep_a_problem_together_where_that_is_less_to_read() -> None:
