@@ -30,8 +30,8 @@ def pairs_of(args: argparse.Namespace) -> tuple[list[dict[str, Any]], Any, Any]:
     from stepladder.config import build
     from stepladder.data_gen.rows import Pair, Source
     from stepladder.models.loading import load_policy_format, load_tokenizer
-    from stepladder.trainers.common import pick_rows
     from stepladder.trainers.dpo import DPOArguments, pair_example
+    from stepladder.trainers.examples import pick_rows
 
     records = [record for _, record in read_jsonl(args.file)]
     source = Source("humans", "none", "prm800k", 0)
@@ -68,8 +68,8 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
     trainer: Any
     if arm == "stepladder":
         from stepladder.config import build
-        from stepladder.trainers.common import Examples
         from stepladder.trainers.dpo import Collator, DPOArguments, DPOTrainer, Reference, forking_saves
+        from stepladder.trainers.examples import Examples
 
         about = build(DPOArguments, {"model": args.policy, "rows": "r", **schedule(args, folder)})
         data = Examples(items)

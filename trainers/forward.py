@@ -209,6 +209,37 @@ def fork(pairs: Sequence[tuple[Sequence[Sequence[int]], int]], pad_id: int) -> d
     return batch
 
 
+def in_pieces(batch: dict[str, torch.Tensor], overhead: float) -> list[tuple[list[int], dict[str, torch.Tensor]]]:
+    """[(rows, their own batch)]: a forked batch cut where that leaves out more padding than `overhead` tokens a forward.
+
+    Rows are sorted by the length of their prefix, and of all cuts of that order into pieces the cheapest is taken.
+    """
+    branch, present = batch["branch"][0], batch["attention_mask"]
+    first, second = (branch < 1).sum(), (branch < 2).sum()  # where the sides begin
+    lengths = torch.stack([(present * (branch == side)).sum(1) for side in range(3)], 1)  # [B, 3]
+    order = sorted(range(len(lengths)), key=lambda row: tuple(lengths[row].tolist()))
+    best: list[tuple[float, int]] = [(0.0, 0)]  # of the first n rows: (cost, where their last piece begins)
+    for end in range(1, len(order) + 1):
+        widest, found = lengths.new_zeros(3), []
+        for begin in range(end - 1, -1, -1):
+            widest = torch.maximum(widest, lengths[order[begin]])
+            found.append((best[begin][0] + (end - begin) * int(widest.sum()) + overhead, begin))
+        best.append(min(found))
+    pieces, end = [], len(order)
+    while end:
+        begin = best[end][1]
+        rows = order[begin:end]
+        kept = present[rows].bool().any(0)
+        # One column of each part at least, as in `fork`: prefixes end where sides begin.
+        kept[torch.stack([first - 1, first, second])] = True
+        cut = {
+            name: value[rows][:, kept] if value.shape == present.shape else value[rows] for name, value in batch.items()
+        }
+        pieces.append((rows, cut))
+        end = begin
+    return pieces[::-1]
+
+
 def fork_mask(present: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     """Which token attends to which [B, 1, S, S]: to what stands before it in the prefix and on its own side.
 
