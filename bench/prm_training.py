@@ -42,6 +42,7 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
     from stepladder.config import build
     from stepladder.data_gen.importers import prm800k
     from stepladder.models.loading import load_model, load_tokenizer
+    from stepladder.trainers.common import ReadsForward
     from stepladder.trainers.examples import Examples
     from stepladder.trainers.prm import PRMArguments, prm_example
     from stepladder.trainers.reward import RewardTrainer, collate, reward_format
@@ -79,6 +80,7 @@ def prepare(arm: str, args: argparse.Namespace) -> Callable[[], Work]:
             data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         )
         trainer.positive_class = step_format.positive_class
+        trainer.add_callback(ReadsForward(trainer))
     else:
         if step_format.positive_class != 1:
             raise SystemExit("the baseline's labels are classes: the positive class must be 1")

@@ -42,7 +42,6 @@ class StepladderTrainer(Trainer):
 
     def __init__(self, *, train_dataset: Examples, args: StepladderArguments, **kwargs: Any) -> None:
         super().__init__(train_dataset=train_dataset, args=args, **kwargs)
-        self.add_callback(ReadsForward(self))
         # The division below is the whole normalisation: transformers must neither divide by the accumulation steps nor leave
         # the item count out.
         self.model_accepts_loss_kwargs = True

@@ -23,7 +23,7 @@ from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
 from .arguments import StepladderArguments
-from .common import MetricsFile, StepladderTrainer, fit, run_trainer, start_model
+from .common import MetricsFile, ReadsForward, StepladderTrainer, fit, run_trainer, start_model
 from .examples import Examples, check_rows_layout, counted, pad_batch, policy_format, read_examples, report_counts
 from .forward import answer_logprobs, fork, fork_logprobs, in_pieces, takes_positions
 
@@ -324,6 +324,7 @@ def train(args: DPOArguments) -> dict[str, float]:
     )
     if share:
         trainer.add_callback(ForkingIsRight(trainer, collator, data.items))
+    trainer.add_callback(ReadsForward(trainer))  # before the reference is computed, in the same way
     datasets = {"train": data, **({"eval": held_out} if held_out is not None else {})}
     trainer.add_callback(Reference(trainer, datasets, args.model))
     return fit(trainer, tokenizer, step_format)

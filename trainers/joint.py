@@ -23,7 +23,7 @@ from ..models.loading import load_model
 from ..models.step_format import Encoded, StepFormat
 from . import losses
 from .arguments import StepladderArguments
-from .common import HEADS, MetricsFile, StepladderTrainer, fit, start_model
+from .common import HEADS, MetricsFile, ReadsForward, StepladderTrainer, fit, start_model
 from .examples import Examples, pad_batch
 
 JOINT = "joint"  # in the output folder, while the two checkpoints are made of it
@@ -152,6 +152,7 @@ def train_joint(
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=[MetricsFile(args.output_dir)],
     )
+    trainer.add_callback(ReadsForward(trainer))
     trainer.score_loss, trainer.score_weight, trainer.lm_weight = score_loss, score_weight, lm_weight
     trainer.positive_class = score_format.positive_class
     return fit(

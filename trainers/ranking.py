@@ -17,7 +17,7 @@ from ..models.loading import load_policy_format, load_tokenizer
 from ..models.step_format import Aggregation, StepFormat
 from . import losses
 from .arguments import StepladderArguments
-from .common import MetricsFile, StepladderTrainer, fit, run_trainer, start_model
+from .common import MetricsFile, ReadsForward, StepladderTrainer, fit, run_trainer, start_model
 from .examples import check_rows_layout, pad_batch, read_examples
 from .joint import language_labels, save_joint, with_score_head
 
@@ -177,6 +177,7 @@ def train(args: RankingArguments) -> dict[str, float]:
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=[MetricsFile(args.output_dir)],
     )
+    trainer.add_callback(ReadsForward(trainer))
     save = functools.partial(save_joint, add_head=with_score_head) if args.lambda_lm else None
     return fit(trainer, tokenizer, step_format, save)
 

@@ -15,7 +15,7 @@ from ..models.loading import load_policy_format
 from ..models.step_format import Aggregation, Encoded, Head, LabelKind, StepFormat
 from . import losses
 from .arguments import StepladderArguments
-from .common import MetricsFile, StepladderTrainer, fit, start_model
+from .common import MetricsFile, ReadsForward, StepladderTrainer, fit, start_model
 from .examples import Examples, check_rows_layout, pad_batch
 from .joint import train_joint
 
@@ -145,5 +145,6 @@ def train_reward(
         data_collator=lambda items: collate(items, tokenizer.pad_token_id),
         callbacks=[MetricsFile(args.output_dir)],
     )
+    trainer.add_callback(ReadsForward(trainer))
     trainer.positive_class = step_format.positive_class
     return fit(trainer, tokenizer, step_format)

@@ -22,7 +22,7 @@ from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
 from . import losses
 from .arguments import StepladderArguments
-from .common import MetricsFile, StepladderTrainer, fit, run_trainer, start_model
+from .common import MetricsFile, ReadsForward, StepladderTrainer, fit, run_trainer, start_model
 from .examples import Examples, check_rows_layout, counted, pad_batch, policy_format, read_examples, report_counts
 from .forward import takes_positions, trained_logits
 
@@ -282,6 +282,7 @@ def train(args: SFTArguments) -> dict[str, float]:
     )
     if args.packing and len(singles) > 1:
         trainer.add_callback(PackingIsRight(trainer, singles, tokenizer.pad_token_id))
+    trainer.add_callback(ReadsForward(trainer))
     return fit(trainer, tokenizer, step_format)
 
 

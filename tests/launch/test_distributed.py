@@ -213,7 +213,9 @@ def one_process(ground: Path) -> Path:
 def _examples(path: Path) -> list[dict[str, Any]]:
     from collections import Counter
 
-    args = SimpleNamespace(labels="hard", threshold=0.0, after_first_zero=False, root=False, max_length=1024)
+    args = SimpleNamespace(
+        labels="hard", threshold=0.0, after_first_zero=False, root=False, lambda_lm=0.0, max_length=1024
+    )
     tokenizer = load_tokenizer(str(path.parent / "policy"))
     step_format = StepFormat.load(path.parent / "policy")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
