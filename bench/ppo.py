@@ -129,7 +129,7 @@ class Plain:
         attention = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :], attention[row, width - len(prompt) :] = torch.tensor(prompt), 1
-        self.policy.eval()
+        self.policy.train(False)
         with torch.no_grad():
             ids = self.policy.generate(
                 input_ids=ids, attention_mask=attention, do_sample=True, top_k=0, max_new_tokens=args.max_new_tokens,

@@ -30,19 +30,18 @@ BENCH = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: a script of this folder, its options, and those with which it is tried in a second or two."""
+    """One measurement: a script of this folder and its options."""
 
     script: str
     options: str = ""  # {smollm2}, {word_problems}, {prm800k} and {vllm_python} are replaced by what was given
-    tiny: str = ""
     repetitions: int = 5
     also: str = ""  # options that are left out where they name something that was not given
 
 
 WORD_PROBLEMS = "'--task={{kind: word_problems, folder: {word_problems}}}'"
 ROWS: dict[str, Row] = {
-    "startup": Row("startup.py", tiny="--starts=1", repetitions=3),
-    "labels_lab": Row("labels.py", tiny="--problems=2 --alone=1 --rollouts=2 --max-new-tokens=8", repetitions=3),
+    "startup": Row("startup.py", repetitions=3),
+    "labels_lab": Row("labels.py", repetitions=3),
     "labels_smollm2": Row(
         "labels.py",
         f"--policy={{smollm2}} {WORD_PROBLEMS} --dtype=bfloat16 --problems=24 --alone=6 --batch-size=128 "
@@ -51,7 +50,7 @@ ROWS: dict[str, Row] = {
     ),
     "decode_64": Row("decode.py", "--model={smollm2} --batch=64", also="--vllm-python={vllm_python}", repetitions=3),
     "decode_128": Row("decode.py", "--model={smollm2} --batch=128", also="--vllm-python={vllm_python}", repetitions=3),
-    "packing": Row("packing.py", tiny="--rows=8 --batch=4", repetitions=3),
+    "packing": Row("packing.py", repetitions=3),
     "prm_training": Row(
         "prm_training.py",
         "--policy={smollm2} --file={prm800k}/phase1_train_nested.jsonl.gz --rows=32 --max-length=768",
@@ -72,18 +71,16 @@ ROWS: dict[str, Row] = {
     "ppo_smollm2": Row(
         "ppo.py", f"--policy={{smollm2}} {WORD_PROBLEMS} --prompts=4 --rollouts=1 --max-new-tokens=48", repetitions=2
     ),
-    "first_error": Row("first_error.py", tiny="--problems=4 --steps=4 --tolerance=1"),
+    "first_error": Row("first_error.py"),
     "first_error_noisy": Row("first_error.py", "--p=11 --tolerance=1 --target=0"),
     "first_error_tree": Row("first_error.py", "--searches=8 --problems=50 --target=0"),
     "first_error_lab": Row("first_error.py", "--policy=lab --steps=7 --tolerance=1 --target=0", repetitions=3),
-    "growing_8": Row("growing_solution.py", tiny="--steps=3 --layers=1 --step-tokens=4", repetitions=3),
-    "growing_16": Row("growing_solution.py", "--steps=16 --target=7", "--steps=3 --layers=1", repetitions=3),
-    "growing_32": Row("growing_solution.py", "--steps=32 --target=10", "--steps=3 --layers=1", repetitions=2),
-    "two_processes_data": Row("two_processes.py", "--work=data", "--work=data --problems=8", repetitions=3),
-    "two_processes_training": Row(
-        "two_processes.py", "--work=training --problems=1024", "--work=training --problems=8", repetitions=3
-    ),
-    "data_growth": Row("data_growth.py", tiny="--problems=2", repetitions=2),
+    "growing_8": Row("growing_solution.py", repetitions=3),
+    "growing_16": Row("growing_solution.py", "--steps=16 --target=7", repetitions=3),
+    "growing_32": Row("growing_solution.py", "--steps=32 --target=10", repetitions=2),
+    "two_processes_data": Row("two_processes.py", "--work=data", repetitions=3),
+    "two_processes_training": Row("two_processes.py", "--work=training --problems=1024", repetitions=3),
+    "data_growth": Row("data_growth.py", repetitions=2),
 }
 
 _PREFACE = """\
@@ -123,7 +120,7 @@ def main() -> None:
             print(f"{name}: python bench/{shlex.join(command)}")
             continue
         began = time.perf_counter()
-        record = measured(name, command, given)
+        record = measured(name, given)
         if record is None:
             failed.append(name)
             continue
@@ -135,9 +132,9 @@ def main() -> None:
         raise SystemExit(f"no result from {', '.join(failed)}")
 
 
-def command_of(row: Row, given: Mapping[str, Any], tiny: bool = False) -> tuple[list[str], str]:
+def command_of(row: Row, given: Mapping[str, Any]) -> tuple[list[str], str]:
     """(script and options with what was given filled in, the first that is missing)."""
-    options = shlex.split(row.tiny if tiny else row.options)
+    options = shlex.split(row.options)
     missing = next((name for name in GIVEN if f"{{{name}}}" in row.options and not given.get(name)), "")
     if not any(f"{{{name}}}" in row.also and not given.get(name) for name in GIVEN):
         options += shlex.split(row.also)
@@ -145,11 +142,11 @@ def command_of(row: Row, given: Mapping[str, Any], tiny: bool = False) -> tuple[
     return [row.script, *filled], missing
 
 
-def measured(name: str, command: list[str], given: argparse.Namespace) -> dict[str, Any] | None:
+def measured(name: str, given: argparse.Namespace) -> dict[str, Any] | None:
     """The record of one row, or None if its script ended with an error."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "record.json"
-        script, *options = command
+        (script, *options), _ = command_of(ROWS[name], vars(given))
         options += [f"--repetitions={given.repetitions or ROWS[name].repetitions}", f"--threads={given.threads}"]
         ended = subprocess.run(
             [sys.executable, str(BENCH / script), *options, f"--out={out}"], stdout=subprocess.DEVNULL
@@ -157,18 +154,13 @@ def measured(name: str, command: list[str], given: argparse.Namespace) -> dict[s
         if ended.returncode or not out.is_file():
             print(f"{name}: ended with status {ended.returncode}", flush=True)
             return None
-        return {**json.loads(out.read_text()), "name": name, "command": public(command)}
+        return {**json.loads(out.read_text()), "name": name, "command": public(ROWS[name], vars(given))}
 
 
-def public(command: list[str]) -> str:
-    """The command without the folders of this machine."""
-    told = []
-    for option in command:
-        key, equals, value = option.partition("=")
-        told.append(
-            f"{key}={Path(value).name.upper() or 'FOLDER'}" if equals and value.startswith(("/", "~", ".")) else option
-        )
-    return shlex.join(["python", f"bench/{told[0]}", *told[1:]])
+def public(row: Row, given: Mapping[str, Any]) -> str:
+    """The command as another machine would have it: SMOLLM2, WORD_PROBLEMS ... in place of what was given for them."""
+    command, _ = command_of(row, {name: name.upper() for name in GIVEN if given.get(name)})
+    return shlex.join(["python", f"bench/{command[0]}", *command[1:]])
 
 
 def kept(results: Path, name: str, record: Mapping[str, Any]) -> None:

@@ -17,6 +17,8 @@ TINY = {
     "startup": ["--starts=1"],
     "labels": ["--problems=2", "--alone=1", "--rollouts=2", "--max-new-tokens=8"],
     "packing": ["--rows=8", "--batch=4"],
+    "two_processes": ["--work=data", "--problems=8"],
+    "data_growth": ["--problems=2"],
     "first_error": ["--problems=4", "--steps=4", "--tolerance=1"],
     "growing_solution": ["--steps=3", "--layers=1", "--step-tokens=4"],
     "ppo": ["--prompts=4", "--samples=2", "--rollouts=1", "--batch=4", "--max-new-tokens=8"],
@@ -53,3 +55,16 @@ def test_the_list_names_every_script_that_measures() -> None:
         path.stem for path in (ROOT / "bench").glob("*.py") if "from measure import Question" in path.read_text()
     }
     assert listed == measuring
+
+
+def test_the_page_shows_commands_without_the_folders_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import run_all
+
+    given = {name: f"/home/somebody/{name}" for name in run_all.GIVEN}
+    shown = {name: run_all.public(row, given) for name, row in run_all.ROWS.items()}
+    assert not [command for command in shown.values() if "/home" in command]
+    assert "--policy=SMOLLM2" in shown["labels_smollm2"]
+    assert "folder: WORD_PROBLEMS" in shown["labels_smollm2"]
+    assert "--file=PRM800K/phase1_train_nested.jsonl.gz" in shown["prm_training"]
+    assert "vllm" not in run_all.public(run_all.ROWS["decode_64"], {"smollm2": "/home/m"})
