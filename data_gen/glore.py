@@ -11,7 +11,7 @@ from ..models.corrections import Wording, mark_step
 from ..models.engine import Engine, Request, Sampling, StopReason
 from ..models.step_format import StepFormat
 from ..tasks.base import Problem, Task
-from .critiques import text_of
+from .dialogues import text_of
 from .label_sets import positive_prefixes, uses_result
 from .rows import Dialogue, Message, Solution, Source, StepLabels
 from .store import UnitResult

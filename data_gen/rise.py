@@ -12,7 +12,7 @@ from ..models.corrections import Turn, Wording
 from ..models.engine import Engine, Sampling, StopReason
 from ..models.step_format import StepFormat
 from ..tasks.base import Outcome, Problem, Task
-from .critiques import ask, text_of
+from .dialogues import ask, text_of
 from .rows import Dialogue, Message, Source
 from .store import UnitResult
 

@@ -10,7 +10,7 @@ from ..models.corrections import fill
 from ..models.engine import Engine, Request, Sampling, StopReason
 from ..models.step_format import StepFormat
 from ..tasks.base import Problem, Task
-from .critiques import meta_of, text_of
+from .dialogues import meta_of, text_of
 from .rows import Dialogue, Message, Source
 from .store import UnitResult
 

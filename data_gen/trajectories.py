@@ -9,7 +9,7 @@ from typing import Any
 from ..basics import UserError
 from ..models.corrections import leaks, read_critique
 from ..tasks.base import Problem, StepChecker, Task, first_error
-from .critiques import meta_of
+from .dialogues import meta_of
 from .rows import Dialogue, Solution
 
 

@@ -9,8 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..basics import UserError, fold_seed, make_folder
-from ..data_gen import critiques as critiques_
 from ..data_gen import flips, glore, inline, rise, self_talk
+from ..data_gen.critiques import Layout, exact_critiques, written_critiques
+from ..data_gen.dialogues import meta_of
+from ..data_gen.drafts import (
+    Draft,
+    drafts_of_dialogues,
+    natural_drafts,
+    planted_drafts,
+    reference_drafts,
+    written_drafts,
+)
+from ..data_gen.refinements import best_refinements, derangement, filter_critiques, refinements, repairs
 from ..data_gen.rows import Dialogue, Solution, StepLabels
 from ..data_gen.store import Shard, UnitResult, make_rows, read_rows, write_rows
 from ..models.engine import Engine
@@ -65,40 +75,40 @@ def make_critiques(config: options.Critiques, out: Path) -> bool:
                 f"{config.solutions}: no problem of split {config.split!r} of task {task.name} has a solution there"
             )
     policy = Asked(config, task, out, [p.prompt for p in problems])
+    layout = Layout(config.stop_at_error, config.reason_first, config.results, config.final)
 
     def work(unit: Sequence[Problem]) -> UnitResult[Dialogue]:
         drafts, dropped, by_id = [], Counter[str](), {p.id: p for p in unit}
         samples = [row for p in unit for row in rows.get(p.id, [])]
-        drafts += critiques_.natural_drafts(samples, task, by_id, wrong=config.wrong, right=config.right)
+        drafts += natural_drafts(samples, task, by_id, wrong=config.wrong, right=config.right)
         if config.references:
-            drafts += critiques_.reference_drafts(task, unit)
+            drafts += reference_drafts(task, unit)
         before = None
         for origin, count in (("RG2", config.rg2), ("RG3", config.rg3)):
             if not count:
                 continue
             if isinstance(task, StepPlanter):
                 for problem in unit:
-                    drafts += critiques_.planted_drafts(
+                    drafts += planted_drafts(
                         task, problem, origin=origin, count=count, seed=config.seed, more=config.more_errors
                     )
             else:
                 engine, step_format = policy()
                 before = before or engine.ledger.copy()
-                found, lost = critiques_.written_drafts(
+                found, lost = written_drafts(
                     engine, task, step_format, unit, origin=origin, count=count, sampling=_sampling(config),
                     seed=config.seed, policy=config.policy, references=_references(task, unit),
                 )  # fmt: skip
                 drafts += found
                 dropped.update(lost)
         if exact and isinstance(task, StepPlanter):
-            result = critiques_.exact_critiques(
-                task, drafts, wording, seed=config.seed, corrupt=config.corrupt, stop_at_error=config.stop_at_error,
-                reason_first=config.reason_first, results=config.results, final=config.final, strip=config.strip,
-            )  # fmt: skip
+            result = exact_critiques(
+                task, drafts, wording, seed=config.seed, corrupt=config.corrupt, layout=layout, strip=config.strip
+            )
         else:
             engine, step_format = policy()
             before = before or engine.ledger.copy()
-            result = critiques_.written_critiques(
+            result = written_critiques(
                 engine, task, step_format, drafts, wording, samples=config.samples, sampling=_sampling(config),
                 seed=config.seed, policy=config.policy, annotate=config.annotate, strip=config.strip,
                 keep_unreadable=config.keep_unreadable,
@@ -120,12 +130,12 @@ def _criticise_drafts(config: options.Critiques, out: Path) -> bool:
             "drafts are criticised by a policy, and alone: leave out solutions, rg2, rg3, references and writer: checker"
         )
     task = load_task(config.task)
-    drafts = first(critiques_.drafts_of_dialogues(read_rows(config.drafts, Dialogue)), config.limit)
+    drafts = first(drafts_of_dialogues(read_rows(config.drafts, Dialogue)), config.limit)
     policy, wording = Asked(config, task, out, [draft.problem.prompt for draft in drafts]), config.words()
 
-    def work(unit: Sequence[critiques_.Draft]) -> UnitResult[Dialogue]:
+    def work(unit: Sequence[Draft]) -> UnitResult[Dialogue]:
         engine, step_format = policy()
-        return critiques_.written_critiques(
+        return written_critiques(
             engine, task, step_format, unit, wording, samples=config.samples, sampling=_sampling(config), seed=config.seed,
             policy=config.policy, annotate=config.annotate, strip=config.strip,
             keep_unreadable=config.keep_unreadable,
@@ -155,7 +165,7 @@ def read_dialogues(path: str, *kinds: str) -> list[Dialogue]:
 def problems_of(config: Any, task: Task, rows: Sequence[Any], path: str) -> Mapping[str, Problem]:
     """The problems of the split, or for free text those that the rows state; raises UserError if a row is of another."""
     if isinstance(task, FreeText):
-        metas = [critiques_.meta_of(row) if isinstance(row, Dialogue) else None for row in rows]
+        metas = [meta_of(row) if isinstance(row, Dialogue) else None for row in rows]
         return {
             row.problem_id: Problem(row.problem_id, meta["prompt"], meta["reference"])
             if meta
@@ -179,15 +189,15 @@ def make_refinements(config: options.Refinements, out: Path) -> bool:
     if any(row.kind == "draft" for row in rows) and (config.repair or config.control == "shuffled"):
         raise UserError(f"{config.critiques}: rows of kind draft have no critique to repair or to shuffle")
     if config.only:
-        rows = [row for row in rows if critiques_.meta_of(row)["correct"][0] == (config.only == "right")]
+        rows = [row for row in rows if meta_of(row)["correct"][0] == (config.only == "right")]
     if config.limit:
         kept = set(list(dict.fromkeys(row.problem_id for row in rows))[: config.limit])
         rows = [row for row in rows if row.problem_id in kept]
     if not rows:
         raise UserError(f"{config.critiques}: no critique of a draft that is {config.only}")
     problems = problems_of(config, task, rows, config.critiques)
-    said = {critiques_.meta_of(row)["id"]: critiques_.meta_of(row)["critique"] for row in rows}
-    partners = critiques_.derangement(list(said), fold_seed(config.seed, "shuffled"))
+    said = {meta_of(row)["id"]: meta_of(row)["critique"] for row in rows}
+    partners = derangement(list(said), fold_seed(config.seed, "shuffled"))
     donors = {key: said[other] for key, other in partners.items()}
     policy, wording = Asked(config, task, out, [row.messages[0].content for row in rows]), config.words()
 
@@ -200,8 +210,8 @@ def make_refinements(config: options.Refinements, out: Path) -> bool:
             "policy": config.policy,
         }
         if config.repair and isinstance(task, StepPlanter):
-            return critiques_.repairs(engine, task, step_format, unit, problems, wording, **drawn)
-        return critiques_.refinements(
+            return repairs(engine, task, step_format, unit, problems, wording, **drawn)
+        return refinements(
             engine, task, step_format, unit, problems, wording, **drawn, control=config.control, donors=donors
         )
 
@@ -216,7 +226,7 @@ def make_filtered_critiques(config: options.FilterCritiques, out: Path) -> bool:
     if config.mode in ("soft", "both"):
         required(config, "refinements")
     refined = read_dialogues(config.refinements, "refine") if config.refinements else []
-    result = critiques_.filter_critiques(
+    result = filter_critiques(
         read_dialogues(config.critiques, "critique"), refined, mode=config.mode, threshold=config.threshold,
         count=config.count, seed=config.seed,
     )  # fmt: skip
@@ -227,7 +237,7 @@ def make_filtered_critiques(config: options.FilterCritiques, out: Path) -> bool:
 def make_best_refinements(config: options.BestRefinements, out: Path) -> bool:
     """Refinements to learn from."""
     required(config, "refinements")
-    result = critiques_.best_refinements(
+    result = best_refinements(
         read_dialogues(config.refinements, "refine"), config.words(), per_critique=config.per_critique, seed=config.seed,
         separator=config.separator, kinds=config.kinds, repair_only=config.repair_only,
         only_right=config.only_right,

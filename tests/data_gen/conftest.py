@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from stepladder.data_gen.growing import Ask, Rollout
-from stepladder.models.lab import lab_tokenizer
+from stepladder.models.lab import CORRECTION_WORDS, lab_tokenizer
+from stepladder.tasks.base import Outcome, Problem, Verdict
 from stepladder.tasks.chain import ChainArith, apply
 
 
@@ -77,3 +78,36 @@ def erring_engine(fake_engine) -> Callable[..., Any]:
         return fake_engine(tokenizer, write)
 
     return make
+
+
+# --- drafts, critiques, refinements -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def problems() -> dict[str, Problem]:
+    """Thirty short chains mod 7, by id."""
+    task = ChainArith(p=7, min_steps=3, max_steps=5, sizes={"train": 30, "dev": 1, "test": 1})
+    return {problem.id: problem for problem in task.problems("train")}
+
+
+@pytest.fixture(scope="session")
+def words() -> Any:
+    """The lab's tokenizer with the words of corrections."""
+    return lab_tokenizer(6, CORRECTION_WORDS)
+
+
+@pytest.fixture
+def plain_words() -> Any:
+    """A task on plain text whose answer is the last word."""
+
+    class Words:
+        name, step_separator = "words", "\n"
+
+        def split_steps(self, text: str) -> list[str]:
+            return [line for line in text.split("\n") if line.strip()]
+
+        def verify(self, problem: Problem, text: str) -> Verdict:
+            answer = text.strip().split(" ")[-1]
+            return Verdict(answer, Outcome.RIGHT if answer == problem.answer else Outcome.WRONG)
+
+    return Words()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stepladder.data_gen.critiques import meta_of
+from stepladder.data_gen.dialogues import meta_of
 from stepladder.data_gen.glore import first_wrong, global_refinements, local_refinements, wrong_drafts
 from stepladder.data_gen.label_sets import positive_prefixes
 from stepladder.data_gen.rows import Solution, Source, StepLabels

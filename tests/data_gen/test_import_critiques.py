@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from stepladder.basics import UserError
-from stepladder.data_gen.critiques import drafts_of_dialogues, meta_of
+from stepladder.data_gen.dialogues import meta_of
+from stepladder.data_gen.drafts import drafts_of_dialogues
 from stepladder.data_gen.importers import import_rows
 from stepladder.data_gen.trajectories import chains_of_dialogues
 from stepladder.models.corrections import read_critique

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from stepladder.basics import canonical_json
-from stepladder.data_gen.critiques import meta_of
+from stepladder.data_gen.dialogues import meta_of
 from stepladder.data_gen.rows import Dialogue, Message, Source
 from stepladder.data_gen.self_talk import rewritten, self_talk
 from stepladder.models.engine import Sampling

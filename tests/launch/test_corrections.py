@@ -16,7 +16,8 @@ from stepladder import models
 from stepladder.basics import UserError, read_json
 from stepladder.data_gen import critiques as critiques_
 from stepladder.data_gen import self_talk
-from stepladder.data_gen.critiques import drafts_of_dialogues, meta_of
+from stepladder.data_gen.dialogues import meta_of
+from stepladder.data_gen.drafts import drafts_of_dialogues
 from stepladder.data_gen.rows import Dialogue, Message, Pair, Solution, Source
 from stepladder.data_gen.searched import read_searches
 from stepladder.data_gen.store import read_about, read_rows
