@@ -50,7 +50,7 @@ class WorkedTask(TextTask):
         """Whether each line holds given what was written before it, and whether its result is the reference's at that place."""
         operations = self._operations(problem)
         right = _results(operations)
-        written: list[Fraction] = []
+        written: list[Fraction | None] = []  # None: no line, which a later one cannot go on from
         checks = []
         for index, step in enumerate(steps):
             line, answer = _line(step), _answer(step)
@@ -66,8 +66,7 @@ class WorkedTask(TextTask):
                 checks.append(StepCheck(answer == (written or right)[-1], answer == right[-1]))
             else:
                 checks.append(StepCheck(False, False))
-                # Whatever it says, a later line cannot go on from it.
-                written.append(Fraction(-1, 7))
+                written.append(None)
         if first_error(checks) is not None and self._another_way(problem, steps):
             return [StepCheck(True, True)] * len(steps)
         return checks

@@ -410,6 +410,17 @@ def test_masks_go_where_a_model_only_reads_forward(model: Reads, masked: bool) -
     assert model.training
 
 
+def test_a_head_of_zeros_shows_nothing_of_how_a_model_reads() -> None:
+    model = Reads(False)
+    torch.nn.init.zeros_(model.embedding.weight)
+    trainer = SimpleNamespace(
+        model=model, model_wrapped=model, masked=True, accelerator=SimpleNamespace(unwrap_model=lambda one: one),
+        compute_loss_context_manager=contextlib.nullcontext,
+    )  # fmt: skip
+    ReadsForward(trainer).on_train_begin(SimpleNamespace(device="cpu"), None, None)
+    assert trainer.masked
+
+
 @pytest.mark.parametrize("kind", ["prm", "ranking", "value", "sft"])
 def test_without_a_mask_of_padding_the_training_is_the_same(kind, settings, train, tmp_path, monkeypatch):
     """The same losses and weights, and attention gets no mask of pairs of tokens."""
