@@ -179,6 +179,13 @@ def check_choices(config: Any) -> None:
                 raise ValueError(str(error)) from None
 
 
+def at_least(config: Any, least: int, *names: str) -> None:
+    """Raises ValueError if one of the fields is less than `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name} must be {least} or more, found {getattr(config, name)}")
+
+
 def _name(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(
         hint, getattr(hint, "__name__", str(hint))

@@ -8,16 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ..basics import UserError
-from ..config import option
+from ..config import at_least, option
 
 T = TypeVar("T")
-
-
-def at_least(config: Any, least: int, *names: str) -> None:
-    """Raises ValueError if one of the fields is less than `least`."""
-    for name in names:
-        if getattr(config, name) < least:
-            raise ValueError(f"{name} must be {least} or more, found {getattr(config, name)}")
 
 
 def required(config: Any, *names: str) -> None:

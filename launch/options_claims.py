@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import option
+from ..config import at_least, option
 from ..models.step_format import Aggregation
-from .options import at_least
 
 
 @dataclass

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import option
+from ..config import at_least, option
 from ..models.corrections import Wording
-from .options import WithPolicy, at_least
+from .options import WithPolicy
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import option
-from .options import OnTask, WithPolicy, at_least
+from ..config import at_least, option
+from .options import OnTask, WithPolicy
 
 
 @dataclass

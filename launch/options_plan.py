@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import option
-from .options import at_least
+from ..config import at_least, option
 
 
 @dataclass

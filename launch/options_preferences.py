@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ..config import option
-from .options import WithPolicy, at_least
+from ..config import at_least, option
+from .options import WithPolicy
 
 
 @dataclass

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..basics import UserError
-from ..config import build, option, unknown_key
+from ..config import at_least, build, option, unknown_key
 from ..models.simulated import Errors
 from ..models.step_format import Aggregation
 from ..search.beam import beam_search
@@ -25,7 +25,7 @@ from ..search.rebase import rebase
 from ..search.revisions import revisions
 from ..search.step_beam import step_beam
 from ..search.tree_of_thoughts import tot_bfs, tot_dfs
-from .options import WithPolicy, at_least
+from .options import WithPolicy
 from .options_corrections import Correcting, Refining
 
 # Name -> function, and the setting that its budget goes by.

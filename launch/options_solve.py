@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..basics import UserError
-from ..config import option
-from .options import FromPolicy, at_least
+from ..config import at_least, option
+from .options import FromPolicy
 from .options_search import STRATEGIES, UNGUIDED, Search, budget_of, strategy_settings, with_budget
 
 LAB = "lab"  # the name of the policy that ships with the package

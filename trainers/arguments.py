@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..config import check_choices, option
+from ..config import at_least, check_choices, option
 
 
 @dataclass
@@ -49,12 +49,9 @@ class StepladderArguments(TrainingArguments):
         check_choices(self)
         if not self.output_dir:
             raise ValueError("output_dir is missing: the folder that the checkpoint is written to")
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be 2 or more, found {self.max_length}")
-        if self.length_window < 1:
-            raise ValueError(f"length_window must be 1 or more, found {self.length_window}")
-        if self.lora_r < 0:
-            raise ValueError(f"lora_r must be 0 or more, found {self.lora_r}")
+        at_least(self, 2, "max_length")
+        at_least(self, 1, "length_window")
+        at_least(self, 0, "lora_r")
         if not torch.accelerator.is_available() and (self.bf16 or int(os.environ.get("WORLD_SIZE", "1")) > 1):
             # Not told this, transformers refuses bf16, and trains as many models as there are processes.
             self.use_cpu = True

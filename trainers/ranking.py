@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..basics import UserError, make_folder
-from ..config import option
+from ..config import at_least, option
 from ..data_gen.rows import Pair
 from ..models.loading import load_policy_format, load_tokenizer
 from ..models.step_format import Aggregation, StepFormat
@@ -42,8 +42,7 @@ class RankingArguments(StepladderArguments):
 
     def __post_init__(self) -> None:
         self.check_given("model", "rows")
-        if self.lambda_lm < 0:
-            raise ValueError(f"lambda_lm must be 0 or more, found {self.lambda_lm}")
+        at_least(self, 0, "lambda_lm")
         super().__post_init__()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ..basics import make_folder
-from ..config import option
+from ..config import at_least, option
 from ..models.loading import load_policy_format
 from ..models.step_format import Aggregation, Encoded, Head, LabelKind, StepFormat
 from . import losses
@@ -41,8 +41,7 @@ class RewardArguments(StepladderArguments):
 
     def __post_init__(self) -> None:
         self.check_given("model", "rows")
-        if self.lambda_lm < 0:
-            raise ValueError(f"lambda_lm must be 0 or more, found {self.lambda_lm}")
+        at_least(self, 0, "lambda_lm")
         super().__post_init__()
 
 

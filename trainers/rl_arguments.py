@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..config import option
+from ..config import at_least, option
 from . import rewards, rl_math
 from .arguments import StepladderArguments
 
@@ -110,9 +110,9 @@ class RLArguments(StepladderArguments):
         for name, instead in _COUNTED_IN_ROLLOUTS.items():
             if getattr(self, name) != _default(type(self), name):
                 raise ValueError(f"{name} has no meaning in online training; what says it here: {instead}")
-        for name in ("rollouts", "prompts", "samples", "max_new_tokens", "update_epochs", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, found {getattr(self, name)}")
+        at_least(
+            self, 1, "rollouts", "prompts", "samples", "max_new_tokens", "update_epochs", "log_every", "save_every"
+        )
         if self.algorithm != "ppo" and self.samples < 2:
             raise ValueError(f"{self.algorithm} compares responses to one problem: samples must be 2 or more")
         if self.temperature <= 0:

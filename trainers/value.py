@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..basics import UserError
-from ..config import option
+from ..config import at_least, option
 from ..data_gen.rows import Tree
 from ..models.loading import load_tokenizer
 from ..models.step_format import StepFormat
@@ -32,8 +32,7 @@ class ValueArguments(StepladderArguments):
 
     def __post_init__(self) -> None:
         self.check_given("model", "rows")
-        if self.beta < 0:
-            raise ValueError(f"beta must be 0 or more, found {self.beta}")
+        at_least(self, 0, "beta")
         super().__post_init__()
 
 

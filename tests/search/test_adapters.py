@@ -225,14 +225,21 @@ def lab_model():
     return load_engine(str(Path(models.__file__).parent / "lab_policy"), device="cpu")
 
 
-@pytest.mark.parametrize("name", SEARCHES)
-def test_a_growing_prefix_is_never_encoded_twice(lab_model, tiny_scorer, name):
-    """Prefill: the prompt once and one token a node that is gone on from. Reward model: what is new of every prefix, once."""
-    task = ChainArith(p=7, min_steps=4, max_steps=6, sizes={"test": 3})
+@pytest.fixture
+def saving(lab_model, tiny_scorer):
+    """(The lab's policy and a reward model that keep what they have read, the step format of both)."""
     words = lab_model.tokenizer
     step_format = StepFormat.for_policy(words, "\n")
     engine = TransformersEngine(lab_model.model, words, cache=PrefixCache())
     reward = RewardModel(tiny_scorer(words), words, step_format.for_reward("scalar", "hard"), cache=PrefixCache())
+    return engine, reward, step_format
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_growing_prefix_is_never_encoded_twice(saving, name):
+    """Prefill: the prompt once and one token a node that is gone on from. Reward model: what is new of every prefix, once."""
+    task = ChainArith(p=7, min_steps=4, max_steps=6, sizes={"test": 3})
+    engine, reward, step_format = saving
     policy, scorer = StepPolicy(engine, step_format, "\n", Sampling(64)), RewardScorer(reward, "last")
     strategy, settings = SEARCHES[name]
     roots = [policy.root(problem) for problem in task.problems("test")]
@@ -248,7 +255,9 @@ def test_a_growing_prefix_is_never_encoded_twice(lab_model, tiny_scorer, name):
     }
     # The newest token of a prefix has not been through the model when the prefix is gone on from.
     assert engine.ledger.prefilled_tokens == prompts + len(grown)
-    assert reward.ledger.reward_tokens <= scored_once(results, lambda p, steps: step_format.encode(words, p, steps))
+    assert reward.ledger.reward_tokens <= scored_once(
+        results, lambda p, steps: step_format.encode(engine.tokenizer, p, steps)
+    )
     # What was scored is known: choosing among the solutions costs nothing more.
     before = reward.ledger.reward_tokens
     scorer([state for result in results for state in result.finals])
@@ -257,13 +266,10 @@ def test_a_growing_prefix_is_never_encoded_twice(lab_model, tiny_scorer, name):
 
 @pytest.mark.parametrize("lookahead", [1, 3])
 @pytest.mark.parametrize("name", ["beam", "dvts"])
-def test_looking_ahead_encodes_nothing_twice(lab_model, tiny_scorer, name, lookahead):
+def test_looking_ahead_encodes_nothing_twice(saving, name, lookahead):
     """What is judged lies ahead, and what is gone on from within it: still every step of every prefix is read once."""
     task = ChainArith(p=7, min_steps=6, max_steps=7, sizes={"test": 3})
-    words = lab_model.tokenizer
-    step_format = StepFormat.for_policy(words, "\n")
-    engine = TransformersEngine(lab_model.model, words, cache=PrefixCache())
-    reward = RewardModel(tiny_scorer(words), words, step_format.for_reward("scalar", "hard"), cache=PrefixCache())
+    engine, reward, step_format = saving
     policy, judge = StepPolicy(engine, step_format, "\n", Sampling(64)), RewardScorer(reward, "last")
     asked: list[tuple[int, ...]] = []
     judged: set[tuple[str, tuple[str, ...]]] = set()
@@ -284,7 +290,7 @@ def test_looking_ahead_encodes_nothing_twice(lab_model, tiny_scorer, name, looka
     # The newest token of a prefix is encoded each time that the prefix is gone on from: greedily, and then by the search.
     gone_on = [ids for ids in asked if ids not in prompts]
     assert engine.ledger.prefilled_tokens == sum(map(len, prompts)) + len(gone_on)
-    length = {key: len(step_format.encode(words, *key).ids) for key in judged}
+    length = {key: len(step_format.encode(engine.tokenizer, *key).ids) for key in judged}
     once = sum(n - (length[prompt, steps[:-1]] if steps else 0) for (prompt, steps), n in length.items())
     assert reward.ledger.reward_tokens == once
 
@@ -317,13 +323,10 @@ def test_the_cost_of_a_search_is_linear_in_its_steps(lab_words, markov_policy, t
 
 @pytest.mark.parametrize("limit", [6, 10])
 @pytest.mark.parametrize("name", [*SEARCHES, "beam, lookahead", "revisions"])
-def test_the_tokens_of_a_solution_end_after_or_within_its_second_line(lab_model, tiny_scorer, name, limit):
+def test_the_tokens_of_a_solution_end_after_or_within_its_second_line(saving, name, limit):
     """No solution ends by itself: all that is found is cut there, scored, and paid for to the token; one of it is chosen."""
     task = ChainArith(p=7, min_steps=4, max_steps=6, sizes={"test": 2})
-    words = lab_model.tokenizer
-    step_format = StepFormat.for_policy(words, "\n")
-    engine = TransformersEngine(lab_model.model, words, cache=PrefixCache())
-    reward = RewardModel(tiny_scorer(words), words, step_format.for_reward("scalar", "hard"), cache=PrefixCache())
+    engine, reward, step_format = saving
     more = {"beam, lookahead": (beam_search, {"beams": 4, "width": 2, "lookahead": 2})}
     if name == "revisions":
         problem_again = {"template": "{prompt}{attempts}", "attempt_template": "{attempt} \n "}
