@@ -50,7 +50,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        beside = [other.name for other in path.parent.glob(f"*{path.suffix}")]
+        near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.6)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{path}: no such file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:

@@ -143,6 +143,15 @@ def test_broken_yaml_is_one_sentence(tmp_path, text, message):
         read_yaml(path)
 
 
+def test_a_misspelt_file_is_told_what_lies_beside_it(tmp_path):
+    (tmp_path / "quickstart.yaml").write_text("name: quickstart\n")
+    with pytest.raises(UserError, match=r"quickstrt\.yaml: no such file; did you mean .*/quickstart\.yaml\?"):
+        read_yaml(tmp_path / "quickstrt.yaml")
+    for lost in (tmp_path / "other.yaml", tmp_path / "nowhere" / "quickstart.yaml"):
+        with pytest.raises(UserError, match=r"\.yaml: no such file$"):
+            read_yaml(lost)
+
+
 def test_yaml_that_is_no_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         read_yaml(tmp_path / "nothing.yaml")
