@@ -25,6 +25,7 @@ seconds says more than that of seconds on the clock; both are kept.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -160,15 +161,17 @@ class _Arm:
     def once(self) -> dict[str, Any]:
         """One repetition."""
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: there will be no reply
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         self.measured.append(self._reply())
         return self.measured[-1]
 
     def end(self) -> None:
         """Ends the process and notes its peak memory."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         _, _, usage = os.wait4(self.process.pid, 0)
         self.process.returncode = 0
         for found in self.measured:
@@ -177,7 +180,7 @@ class _Arm:
     def _reply(self) -> Any:
         line = self.replies.readline()
         if not line:
-            raise SystemExit(f"{self.name} ended with an error")
+            raise SystemExit(f"{self.name} ended with an error, or for want of memory")
         return json.loads(line)
 
 
